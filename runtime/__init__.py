@@ -1,0 +1,1 @@
+"""Run packed Llama models on a CPU."""

@@ -1,0 +1,1 @@
+"""Commands: convert, inspect, perplexity, bench."""
