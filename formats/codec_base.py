@@ -1,0 +1,136 @@
+"""What every codec shares: the interface, strict parameter checks, chunks of rows, rounding to the half types."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+Shape = tuple[int, ...]
+Params = Mapping[str, Any]
+Parts = Mapping[str, np.ndarray]
+Layout = dict[str, tuple[np.dtype, Shape]]
+
+DTYPES = ("float32", "float16", "bfloat16")
+# Elements worked on at a time: temporaries of a few megabytes, whatever the matrix.
+CHUNK = 1 << 18
+
+
+class Codec(ABC):
+    """How the values of one tensor are laid out as named arrays ("parts")."""
+
+    name: str
+    ndims: tuple[int, ...] = (2,)
+
+    @abstractmethod
+    def parts(self, shape: Shape, params: Params) -> Layout:
+        """Give the dtype and shape of every part, in payload order.
+
+        Raises ValueError if the shape or the parameters are not this codec's.
+        """
+
+    @abstractmethod
+    def quantize(self, w: np.ndarray, **options: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """Turn values into (params, parts).
+
+        w: (out, in) or (n,) floating point
+        Raises ValueError if a value is NaN or infinite, or does not fit.
+        """
+
+    @abstractmethod
+    def dequantize_rows(self, parts: Parts, shape: Shape, params: Params, ids: np.ndarray) -> np.ndarray:
+        """Give the rows `ids` of a matrix without expanding the rest.
+
+        ids: (n,) integer
+        returns: (n, in) float32
+        """
+
+    def dequantize(self, parts: Parts, shape: Shape, params: Params) -> np.ndarray:
+        """Give all values: float32 of `shape`."""
+        out = np.empty(shape, np.float32)
+        for start, stop in row_chunks(shape):
+            out[start:stop] = self.dequantize_rows(parts, shape, params, np.arange(start, stop))
+        return out
+
+    def problems(self, parts: Parts, shape: Shape, params: Params) -> Iterator[str]:
+        """Name the values in the parts that no writer puts there; the default looks for NaN and infinity."""
+        for key, part in parts.items():
+            if part.dtype.kind == "f" and not all_finite(part):
+                yield f"{key} holds NaN or infinity"
+
+    def check_ndim(self, shape: Shape) -> None:
+        if len(shape) not in self.ndims:
+            wanted = " or ".join(str(n) for n in self.ndims)
+            raise ValueError(f"codec {self.name} takes {wanted} dimensions, not shape {list(shape)}")
+
+
+def check_params(params: Params, allowed: Mapping[str, Sequence[Any]]) -> None:
+    """Raise ValueError unless `params` has exactly the keys of `allowed`, each with one of its values."""
+    if missing := sorted(set(allowed) - set(params)):
+        raise ValueError(f"parameter {missing[0]!r} is missing")
+    if unknown := sorted(set(params) - set(allowed)):
+        raise ValueError(f"parameter {unknown[0]!r} is not known")
+    for key, values in allowed.items():
+        # The type is compared too, because False == 0 and 64.0 == 64.
+        if not any(type(params[key]) is type(value) and params[key] == value for value in values):
+            raise ValueError(f"parameter {key} is {params[key]!r}; allowed are {', '.join(map(repr, values))}")
+
+
+def row_chunks(shape: Shape, multiple: int = 1) -> Iterator[tuple[int, int]]:
+    """Split the first axis into (start, stop) of about CHUNK elements, starts divisible by `multiple`."""
+    width = int(np.prod(shape[1:], dtype=np.int64)) if len(shape) > 1 else 1
+    step = max(CHUNK // max(width, 1) // multiple, 1) * multiple
+    for start in range(0, shape[0], step):
+        yield start, min(start + step, shape[0])
+
+
+def finite_rows(w: np.ndarray, start: int, stop: int) -> np.ndarray:
+    """Give w[start:stop] as contiguous float32.
+
+    Raises ValueError naming the first value that is NaN or infinite.
+    """
+    rows = np.ascontiguousarray(w[start:stop], dtype=np.float32)
+    if not np.isfinite(rows).all():
+        where = np.argwhere(~np.isfinite(rows))[0]
+        where[0] += start
+        raise ValueError(f"value at {where.tolist()} is NaN or infinite (or beyond float32); cannot be stored")
+    return rows
+
+
+def all_finite(values: np.ndarray) -> bool:
+    flat = values.reshape(-1)
+    return all(bool(np.isfinite(flat[a:b]).all()) for a, b in row_chunks(flat.shape))
+
+
+def to_bf16(values: np.ndarray) -> np.ndarray:
+    """Round float32 to the nearest bfloat16, ties to even; NaN stays NaN.
+
+    values: float32
+    returns: uint16 bits, same shape
+    """
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    rounded = (bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))) >> np.uint32(16)
+    return np.where(np.isnan(values), np.uint32(0x7FC0), rounded).astype(np.uint16)
+
+
+def from_bf16(bits: np.ndarray) -> np.ndarray:
+    """Widen bfloat16 bits to float32.
+
+    bits: uint16
+    """
+    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def round_to(values: np.ndarray, dtype: str) -> np.ndarray:
+    """Round float32 values once to `dtype` and widen them again.
+
+    values: float32; returns: float32, same shape
+    """
+    if dtype == "float32":
+        return values
+    if dtype == "bfloat16":
+        return from_bf16(to_bf16(values))
+    with np.errstate(over="ignore"):
+        return values.astype(np.float16).astype(np.float32)

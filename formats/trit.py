@@ -1,0 +1,286 @@
+"""Balanced ternary weights: quantiser (tritllm v2), packer and unpacker in NumPy. This code defines the bytes.
+
+A weight of depth d is q - L with q in 0..3^d - 1 and L = (3^d - 1) / 2, times the unit of its group of 16 inputs.
+Five weights take d bytes; SPEC.md describes the layout.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from .codec_base import (
+    DTYPES,
+    Codec,
+    Layout,
+    Params,
+    Parts,
+    Shape,
+    check_params,
+    finite_rows,
+    round_to,
+    row_chunks,
+)
+
+ROWS, INPUTS = 16, 80
+GROUP = 16
+GROUPS = INPUTS // GROUP
+ENTRIES = 27
+UNITS = 32
+SCALE_BYTES = 48
+CANDIDATES = (10, 12, 14, 15)
+INVALID = 243
+
+
+def max_level(depth: int) -> int:
+    return (3**depth - 1) // 2
+
+
+def block_bytes(depth: int) -> int:
+    return 256 * depth + SCALE_BYTES
+
+
+def blocks_shape(shape: Shape, depth: int) -> Shape:
+    return (-(-shape[0] // ROWS), -(-shape[1] // INPUTS), block_bytes(depth))
+
+
+# ======== packing
+
+
+def pack(levels: np.ndarray, scale_codes: np.ndarray, depth: int) -> np.ndarray:
+    """Pack signed levels and scale codes into superblocks.
+
+    levels: (out, in) integer in -L..L
+    scale_codes: (out, ceil(in / 16)) integer in 0..26
+    returns: (ceil(out / 16), ceil(in / 80), 256 * depth + 48) uint8
+    Raises ValueError if a level or code is out of range, or the shapes disagree.
+    """
+    top = max_level(depth)
+    out, width = levels.shape
+    if scale_codes.shape != (out, -(-width // GROUP)):
+        raise ValueError(f"scale codes of shape {scale_codes.shape} do not belong to levels of {levels.shape}")
+    if levels.min() < -top or levels.max() > top:
+        raise ValueError(f"a level lies outside -{top}..{top}")
+    if scale_codes.min() < 0 or scale_codes.max() >= ENTRIES:
+        raise ValueError(f"a scale code lies outside 0..{ENTRIES - 1}")
+    blocks = np.empty(blocks_shape(levels.shape, depth), np.uint8)
+    columns = blocks.shape[1]
+    for start, stop in row_chunks((out, width), ROWS):
+        strips = -(-(stop - start) // ROWS)
+        q = np.full((strips * ROWS, columns * INPUTS), top, np.uint8)
+        q[: stop - start, :width] = levels[start:stop].astype(np.int16) + top
+        codes = np.zeros((strips * ROWS, columns * GROUPS), np.uint8)
+        codes[: stop - start, : scale_codes.shape[1]] = scale_codes[start:stop]
+        here = blocks[start // ROWS : start // ROWS + strips]
+        # (strip, row, column, group, quad, input) -> group first; then (strip, column, quad, vector, row, input)
+        groups = q.reshape(strips, ROWS, columns, GROUPS, 4, 4).transpose(3, 0, 2, 4, 1, 5)
+        vectors = here[:, :, : 256 * depth].reshape(strips, columns, 4, depth, ROWS, 4)
+        for v, packed in enumerate(_join_levels(groups, depth)):
+            vectors[:, :, :, v] = packed
+        by_group = codes.reshape(strips, ROWS, columns, GROUPS).transpose(3, 0, 2, 1)
+        for v, packed in enumerate(_join_codes(by_group)):
+            here[:, :, 256 * depth + ROWS * v : 256 * depth + ROWS * (v + 1)] = packed
+    return blocks
+
+
+def unpack(blocks: np.ndarray, shape: Shape, depth: int) -> tuple[np.ndarray, np.ndarray]:
+    """Undo `pack`.
+
+    blocks: (ceil(out / 16), ceil(in / 80), 256 * depth + 48) uint8
+    returns: levels (out, in) int8, scale codes (out, ceil(in / 16)) uint8
+    """
+    levels = np.empty(shape, np.int8)
+    codes = np.empty((shape[0], -(-shape[1] // GROUP)), np.uint8)
+    for start, stop in row_chunks(shape, ROWS):
+        levels[start:stop], codes[start:stop] = unpack_rows(blocks, shape, depth, np.arange(start, stop))
+    return levels, codes
+
+
+def unpack_rows(
+    blocks: np.ndarray, shape: Shape, depth: int, ids: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Unpack some rows.
+
+    ids: (n,) integer
+    returns: levels (n, in) int8, scale codes (n, ceil(in / 16)) uint8
+    Bytes of 243 and more, which no writer makes, give some level beyond L or some code below 32, never an error.
+    """
+    ids = np.asarray(ids)
+    if ids.size and (ids.min() < 0 or ids.max() >= shape[0]):
+        raise IndexError(f"row {ids.min() if ids.min() < 0 else ids.max()} of a matrix with {shape[0]} rows")
+    strip, row = ids // ROWS, ids % ROWS
+    columns = blocks.shape[1]
+    vectors = blocks[:, :, : 256 * depth].reshape(-1, columns, 4, depth, ROWS, 4)[strip, :, :, :, row]
+    q = np.empty((len(ids), columns, GROUPS, 4, 4), np.uint8)
+    for g, values in enumerate(_split_levels([vectors[:, :, :, v] for v in range(depth)], depth)):
+        q[:, :, g] = values
+    levels = (q.view(np.int8) - np.int8(max_level(depth))).reshape(len(ids), -1)[:, : shape[1]]
+    scales = blocks[:, :, 256 * depth :].reshape(-1, columns, 3, ROWS)[strip, :, :, row]
+    codes = np.stack(_split_codes([scales[:, :, v] for v in range(3)]), axis=2)
+    return levels, codes.reshape(len(ids), -1)[:, : -(-shape[1] // GROUP)]
+
+
+def _join_levels(q: np.ndarray, depth: int) -> list[np.ndarray]:
+    """Combine the unsigned levels of five groups (5, ...) uint8 into `depth` byte arrays."""
+    if depth == 4:
+        return [q[i] + 81 * (q[4] // 3 ** (3 - i) % 3) for i in range(4)]
+    if depth == 3:
+        high = [q[3] % 9, q[4] % 9, q[3] // 9 * 3 + q[4] // 9]
+        return [q[i] + 27 * high[i] for i in range(3)]
+    if depth == 2:
+        return [q[0] + 9 * q[1] + 81 * (q[4] // 3), q[2] + 9 * q[3] + 81 * (q[4] % 3)]
+    return [q[0] * 81 + q[1] * 27 + q[2] * 9 + q[3] * 3 + q[4]]
+
+
+def _split_levels(v: list[np.ndarray], depth: int) -> list[np.ndarray]:
+    """Undo `_join_levels`: `depth` uint8 arrays to five of unsigned levels."""
+    if depth == 4:
+        t = [x // 81 for x in v]
+        return [x % 81 for x in v] + [((t[0] * 3 + t[1]) * 3 + t[2]) * 3 + t[3]]
+    if depth == 3:
+        s = [x // 27 for x in v]
+        return [x % 27 for x in v] + [s[0] + 9 * (s[2] // 3), s[1] + 9 * (s[2] % 3)]
+    if depth == 2:
+        low = [x % 81 for x in v]
+        return [low[0] % 9, low[0] // 9, low[1] % 9, low[1] // 9, v[0] // 81 * 3 + v[1] // 81]
+    return [v[0] // 81, v[0] // 27 % 3, v[0] // 9 % 3, v[0] // 3 % 3, v[0] % 3]
+
+
+def _join_codes(c: np.ndarray) -> list[np.ndarray]:
+    """Combine the scale codes of five groups (5, ...) uint8 into three byte arrays."""
+    high = [c[3] % 9, c[4] % 9, c[3] // 9 + 3 * (c[4] // 9)]
+    return [c[k] + 27 * high[k] for k in range(3)]
+
+
+def _split_codes(s: list[np.ndarray]) -> list[np.ndarray]:
+    h = [x // 27 for x in s]
+    # Bytes beyond 242 could give up to 36; the table of units has 32 entries.
+    last = [np.minimum(h[0] + 9 * (h[2] % 3), UNITS - 1), np.minimum(h[1] + 9 * (h[2] // 3), UNITS - 1)]
+    return [x % 27 for x in s] + last
+
+
+# ======== quantising
+
+
+def quantize_levels(w: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Quantise as tritllm v2: a scale per group of 16, rounded to 27 log-spaced entries per matrix.
+
+    Every step is one correctly rounded float32 operation, and sums run in float64 in a fixed order,
+    so that the result does not depend on the machine.
+
+    w: (out, in) floating point
+    returns: levels (out, in) int8, scale codes (out, ceil(in / 16)) uint8, units (32,) float32
+    Raises ValueError if a value is NaN or infinite.
+    """
+    groups = -(-w.shape[1] // GROUP)
+    scales = np.empty((w.shape[0], groups), np.float32)
+    for start, stop in row_chunks(w.shape):
+        scales[start:stop] = _best_scales(_grouped(w, start, stop), depth).reshape(-1, groups)
+    entries, middles = _codebook(scales)
+    units = np.zeros(UNITS, np.float32)
+    units[:ENTRIES] = entries / np.float32(max_level(depth))
+    levels = np.empty(w.shape, np.int8)
+    codes = np.empty(scales.shape, np.uint8)
+    for start, stop in row_chunks(w.shape):
+        codes[start:stop] = np.searchsorted(middles, scales[start:stop].astype(np.float64))
+        rows = _grouped(w, start, stop)
+        q = _round_levels(rows, units[codes[start:stop].reshape(-1, 1)], depth)
+        levels[start:stop] = q.reshape(stop - start, -1)[:, : w.shape[1]]
+    return levels, codes, units
+
+
+def _grouped(w: np.ndarray, start: int, stop: int) -> np.ndarray:
+    """Rows start..stop as groups, the last of a row padded with zeros: (n, 16) float32."""
+    rows = finite_rows(w, start, stop)
+    pad = -w.shape[1] % GROUP
+    return (np.pad(rows, ((0, 0), (0, pad))) if pad else rows).reshape(-1, GROUP)
+
+
+def _round_levels(x: np.ndarray, unit: np.ndarray, depth: int) -> np.ndarray:
+    """Nearest level of each value, as float32; 0 where the unit is 0. `unit` broadcasts against x."""
+    top = np.float32(max_level(depth))
+    with np.errstate(over="ignore"):
+        q = np.divide(x, unit, out=np.zeros_like(x), where=unit > 0)
+    return np.clip(np.rint(q, out=q), -top, top, out=q)
+
+
+def _best_scales(groups: np.ndarray, depth: int) -> np.ndarray:
+    """Of four order statistics of |w|, the one that, mapped to level L, has the least squared error.
+
+    groups: (n, 16) float32
+    returns: (n,) float32, 0 for groups of zeros
+    """
+    ordered = np.sort(np.abs(groups), axis=1)
+    x = np.ascontiguousarray(groups.T)
+    best = np.full(len(groups), np.inf)
+    scales = np.zeros(len(groups), np.float32)
+    for candidate in CANDIDATES:
+        unit = ordered[:, candidate] / np.float32(max_level(depth))
+        rest = x - _round_levels(x, unit, depth) * unit
+        error = np.zeros(len(groups))
+        for values in rest:
+            error += np.multiply(values, values, dtype=np.float64)
+        better = (unit > 0) & (error < best)
+        best[better] = error[better]
+        scales[better] = ordered[better, candidate]
+    return scales
+
+
+def _codebook(scales: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Give 27 log-spaced entries (float32) between the extremes of the positive scales, and the 26 boundaries
+    (float64) between them."""
+    positive = scales[scales > 0]
+    if positive.size == 0:
+        return np.zeros(ENTRIES, np.float32), np.full(ENTRIES - 1, np.inf)
+    low, high = math.log(float(positive.min())), math.log(float(positive.max()))
+    if low == high:
+        return np.full(ENTRIES, positive.min(), np.float32), np.full(ENTRIES - 1, np.inf)
+    step = (high - low) / (ENTRIES - 1)
+    entries = [math.exp(low + k * step) for k in range(ENTRIES)]
+    entries[0], entries[-1] = float(positive.min()), float(positive.max())
+    middles = [math.exp(low + (k + 0.5) * step) for k in range(ENTRIES - 1)]
+    return np.array(entries, np.float32), np.array(middles)
+
+
+# ======== codec
+
+
+class TritCodec(Codec):
+    """Weights of 1 to 4 trits with 27 units per matrix."""
+
+    def __init__(self, depth: int) -> None:
+        self.depth = depth
+        self.name = f"trit{depth}"
+
+    def parts(self, shape: Shape, params: Params) -> Layout:
+        self.check_ndim(shape)
+        check_params(params, {"dtype": DTYPES})
+        return {
+            "units": (np.dtype("<f4"), (UNITS,)),
+            "blocks": (np.dtype("u1"), blocks_shape(shape, self.depth)),
+        }
+
+    def quantize(self, w: np.ndarray, **options: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """Quantise a matrix. Option: dtype, to which dequantised values are rounded (default "float32")."""
+        params = {"dtype": "float32", **options}
+        self.parts(w.shape, params)
+        levels, codes, units = quantize_levels(w, self.depth)
+        return params, {"units": units, "blocks": pack(levels, codes, self.depth)}
+
+    def dequantize_rows(self, parts: Parts, shape: Shape, params: Params, ids: np.ndarray) -> np.ndarray:
+        levels, codes = unpack_rows(parts["blocks"], shape, self.depth, ids)
+        unit = np.repeat(parts["units"][codes], GROUP, axis=1)[:, : shape[1]]
+        return round_to(levels.astype(np.float32) * unit, params["dtype"])
+
+    def problems(self, parts: Parts, shape: Shape, params: Params) -> Iterator[str]:
+        units, flat = parts["units"], parts["blocks"].reshape(-1)
+        if not np.isfinite(units).all() or (units < 0).any():
+            yield "units holds NaN, infinity or a negative number"
+        if units[ENTRIES:].any():
+            yield f"units has more than {ENTRIES} entries"
+        bad = sum(int((flat[a:b] >= INVALID).sum()) for a, b in row_chunks(flat.shape))
+        if bad:
+            yield f"blocks holds {bad} bytes above {INVALID - 1}, which stand for no trits"
