@@ -1,4 +1,4 @@
-"""What every codec shares: the interface, strict parameter checks, chunks of rows, rounding to the half types."""
+"""What every codec shares: interface, strict parameter checks, chunks of rows, rounding to half types."""
 
 from __future__ import annotations
 
@@ -75,7 +75,8 @@ def check_params(params: Params, allowed: Mapping[str, Sequence[Any]]) -> None:
     for key, values in allowed.items():
         # The type is compared too, because False == 0 and 64.0 == 64.
         if not any(type(params[key]) is type(value) and params[key] == value for value in values):
-            raise ValueError(f"parameter {key} is {params[key]!r}; allowed are {', '.join(map(repr, values))}")
+            allowed_values = ", ".join(map(repr, values))
+            raise ValueError(f"parameter {key} is {params[key]!r:.80}; allowed are {allowed_values}")
 
 
 def row_chunks(shape: Shape, multiple: int = 1) -> Iterator[tuple[int, int]]:
@@ -95,7 +96,7 @@ def finite_rows(w: np.ndarray, start: int, stop: int) -> np.ndarray:
     if not np.isfinite(rows).all():
         where = np.argwhere(~np.isfinite(rows))[0]
         where[0] += start
-        raise ValueError(f"value at {where.tolist()} is NaN or infinite (or beyond float32); cannot be stored")
+        raise ValueError(f"the value at {where.tolist()} is NaN, infinite or beyond float32")
     return rows
 
 
