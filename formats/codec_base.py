@@ -100,6 +100,13 @@ def finite_rows(w: np.ndarray, start: int, stop: int) -> np.ndarray:
     return rows
 
 
+def check_ids(ids: np.ndarray, shape: Shape) -> None:
+    """Raise IndexError unless every id is a row; negative ones are not."""
+    if ids.size and (ids.min() < 0 or ids.max() >= shape[0]):
+        bad = ids.min() if ids.min() < 0 else ids.max()
+        raise IndexError(f"row {bad} of a tensor with {shape[0]} rows")
+
+
 def all_finite(values: np.ndarray) -> bool:
     flat = values.reshape(-1)
     return all(bool(np.isfinite(flat[a:b]).all()) for a, b in row_chunks(flat.shape))

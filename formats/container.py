@@ -110,7 +110,7 @@ class TritFile:
                     progress(done, self.size)
             end = align(tensor.offset + tensor.nbytes)
             if crc != tensor.crc32:
-                message = f"crc32 is {crc:08x}, the table says {tensor.crc32:08x}; download or convert it again"
+                message = f"crc32 is {crc:08x}, the table says {tensor.crc32:08x}; convert the model again"
                 yield ChecksumError(self.path, message, tensor.name)
             for message in self._value_problems(tensor):
                 yield ChecksumError(self.path, f"{message}; convert the model again", tensor.name)

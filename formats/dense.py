@@ -14,6 +14,7 @@ from .codec_base import (
     Parts,
     Shape,
     all_finite,
+    check_ids,
     check_params,
     finite_rows,
     from_bf16,
@@ -51,6 +52,8 @@ class FloatCodec(Codec):
         return {}, {"values": values}
 
     def dequantize_rows(self, parts: Parts, shape: Shape, params: Params, ids: np.ndarray) -> np.ndarray:
+        ids = np.asarray(ids)
+        check_ids(ids, shape)
         return self._widen(parts["values"][ids])
 
     def problems(self, parts: Parts, shape: Shape, params: Params) -> Iterator[str]:
@@ -81,6 +84,8 @@ class ByteCodec(Codec):
         return {}, {"values": w}
 
     def dequantize_rows(self, parts: Parts, shape: Shape, params: Params, ids: np.ndarray) -> np.ndarray:
+        ids = np.asarray(ids)
+        check_ids(ids, shape)
         return parts["values"][ids].astype(np.float32)
 
 
@@ -117,6 +122,8 @@ class Q8Codec(Codec):
         return {}, {"values": values, "scales": scales}
 
     def dequantize_rows(self, parts: Parts, shape: Shape, params: Params, ids: np.ndarray) -> np.ndarray:
+        ids = np.asarray(ids)
+        check_ids(ids, shape)
         values = parts["values"][ids].astype(np.float32)
         scales = parts["scales"][ids].astype(np.float32)
         w = values.reshape(len(values), -1, Q8_BLOCK) * scales[:, :, None]

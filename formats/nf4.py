@@ -18,6 +18,7 @@ from .codec_base import (
     Params,
     Parts,
     Shape,
+    check_ids,
     check_params,
     finite_rows,
     round_to,
@@ -140,8 +141,8 @@ class NF4Codec(Codec):
     def quantize(self, w: np.ndarray, **options: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """Quantise as bitsandbytes does on a CPU.
 
-        Options: block (default 64), nested_block (default 256; 0 turns double quantisation off), dtype, to which
-        dequantised values are rounded (default "float32").
+        Options: block (default 64), nested_block (default 256; 0 turns double quantisation off), dtype, to
+        which dequantised values are rounded (default "float32").
         Codes equal those of bitsandbytes; under double quantisation the scales may differ in the last place,
         because bitsandbytes itself gives different ones on CPU and GPU.
         """
@@ -170,8 +171,7 @@ class NF4Codec(Codec):
             shape, flat = (shape[0], 1), ids[:, None]
         else:
             flat = ids[:, None] * shape[1] + np.arange(shape[1])
-        if ids.size and (ids.min() < 0 or ids.max() >= shape[0]):
-            raise IndexError(f"row {ids.min() if ids.min() < 0 else ids.max()} of a tensor with {shape[0]} rows")
+        check_ids(ids, shape)
         packed = parts["codes"][flat // 2]
         codes = np.where(flat % 2 == 0, packed >> 4, packed & 15)
         return self._values(parts, params, codes, block_scales(parts, params, flat // params["block"]))

@@ -1,7 +1,7 @@
-"""Balanced ternary weights: quantiser (tritllm v2), packer and unpacker in NumPy. This code defines the bytes.
+"""Balanced ternary weights: quantiser (tritllm v2), packer, unpacker in NumPy. This code defines the bytes.
 
-A weight of depth d is q - L with q in 0..3^d - 1 and L = (3^d - 1) / 2, times the unit of its group of 16 inputs.
-Five weights take d bytes; SPEC.md describes the layout.
+A weight of depth d is q - L, with q in 0..3^d - 1 and L = (3^d - 1) / 2, times the unit of its group of 16
+inputs. Five weights take d bytes; SPEC.md describes the layout.
 """
 
 from __future__ import annotations
@@ -13,6 +13,18 @@ from typing import Any
 import numpy as np
 
 from .codec_base import (
+    DTYPES,
+    Codec,
+    Layout,
+    Params,
+    Parts,
+    Shape,
+    check_ids,
+    check_params,
+    finite_rows,
+    round_to,
+    row_chunks,
+)
     DTYPES,
     Codec,
     Layout,
@@ -61,7 +73,7 @@ def pack(levels: np.ndarray, scale_codes: np.ndarray, depth: int) -> np.ndarray:
     top = max_level(depth)
     out, width = levels.shape
     if scale_codes.shape != (out, -(-width // GROUP)):
-        raise ValueError(f"scale codes of shape {scale_codes.shape} do not belong to levels of {levels.shape}")
+        raise ValueError(f"scale codes {scale_codes.shape} do not belong to levels {levels.shape}")
     if levels.min() < -top or levels.max() > top:
         raise ValueError(f"a level lies outside -{top}..{top}")
     if scale_codes.min() < 0 or scale_codes.max() >= ENTRIES:
@@ -75,7 +87,7 @@ def pack(levels: np.ndarray, scale_codes: np.ndarray, depth: int) -> np.ndarray:
         codes = np.zeros((strips * ROWS, columns * GROUPS), np.uint8)
         codes[: stop - start, : scale_codes.shape[1]] = scale_codes[start:stop]
         here = blocks[start // ROWS : start // ROWS + strips]
-        # (strip, row, column, group, quad, input) -> group first; then (strip, column, quad, vector, row, input)
+        # (strip, row, column, group, quad, input) becomes (group, strip, column, quad, row, input).
         groups = q.reshape(strips, ROWS, columns, GROUPS, 4, 4).transpose(3, 0, 2, 4, 1, 5)
         vectors = here[:, :, : 256 * depth].reshape(strips, columns, 4, depth, ROWS, 4)
         for v, packed in enumerate(_join_levels(groups, depth)):
@@ -106,11 +118,10 @@ def unpack_rows(
 
     ids: (n,) integer
     returns: levels (n, in) int8, scale codes (n, ceil(in / 16)) uint8
-    Bytes of 243 and more, which no writer makes, give some level beyond L or some code below 32, never an error.
+    Bytes of 243 and more, which no writer makes, give levels beyond L and codes up to 31, never an error.
     """
     ids = np.asarray(ids)
-    if ids.size and (ids.min() < 0 or ids.max() >= shape[0]):
-        raise IndexError(f"row {ids.min() if ids.min() < 0 else ids.max()} of a matrix with {shape[0]} rows")
+    check_ids(ids, shape)
     strip, row = ids // ROWS, ids % ROWS
     columns = blocks.shape[1]
     vectors = blocks[:, :, : 256 * depth].reshape(-1, columns, 4, depth, ROWS, 4)[strip, :, :, :, row]

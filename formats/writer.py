@@ -8,8 +8,9 @@ import os
 import secrets
 import zlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -43,7 +44,7 @@ class TritWriter:
         self._metadata = dict(metadata)
         self._left = dict.fromkeys(names)
         self._table: list[dict[str, Any]] = []
-        self._file = None
+        self._file: BinaryIO | None = None
         self._check_metadata(names)
         self._check_target()
         # A round header length makes the payloads begin right after the checksum.
@@ -61,7 +62,12 @@ class TritWriter:
             raise
 
     def add(
-        self, name: str, codec: str, shape: Sequence[int], params: Mapping[str, Any], parts: Mapping[str, np.ndarray]
+        self,
+        name: str,
+        codec: str,
+        shape: Sequence[int],
+        params: Mapping[str, Any],
+        parts: Mapping[str, np.ndarray],
     ) -> None:
         """Append a tensor.
 
@@ -79,7 +85,7 @@ class TritWriter:
         end = 0
         for key, (start, size) in part_spans(codec, tuple(shape), params).items():
             crc = self._write(bytes(start - end), crc)
-            data = memoryview(np.ascontiguousarray(parts[key]).reshape(-1).view(np.uint8))
+            data = np.ascontiguousarray(parts[key]).reshape(-1).view(np.uint8).data
             for a in range(0, size, _CHUNK):
                 crc = self._write(data[a : a + _CHUNK], crc)
             end = start + size
@@ -109,7 +115,8 @@ class TritWriter:
         try:
             file.close()
         finally:
-            os.unlink(self._temporary)
+            with suppress(FileNotFoundError):
+                os.unlink(self._temporary)
 
     def __enter__(self) -> TritWriter:
         return self
@@ -199,8 +206,7 @@ def _sync_folder(folder: str) -> None:
     except OSError:
         return
     try:
-        os.fsync(descriptor)
-    except OSError:
-        pass
+        with suppress(OSError):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
