@@ -25,17 +25,6 @@ from .codec_base import (
     round_to,
     row_chunks,
 )
-    DTYPES,
-    Codec,
-    Layout,
-    Params,
-    Parts,
-    Shape,
-    check_params,
-    finite_rows,
-    round_to,
-    row_chunks,
-)
 
 ROWS, INPUTS = 16, 80
 GROUP = 16
