@@ -41,7 +41,7 @@ def add_debug(parser: argparse.ArgumentParser) -> None:
 
 
 def one_line(text: str) -> str:
-    """Fold whitespace, make control characters visible: names in a hostile file must not drive the terminal."""
+    """Fold whitespace, show control characters: names in a hostile file must not drive the terminal."""
     folded = " ".join(text.split())
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in folded)
 

@@ -33,6 +33,8 @@ class Bar:
             )  # fmt: skip
         if note:
             self._bar.set_postfix_str(note, refresh=False)
+        if done < self._bar.n:  # the next phase
+            self._bar.reset(total)
         self._bar.total = total
         self._bar.update(done - self._bar.n)
 

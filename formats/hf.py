@@ -1,0 +1,174 @@
+"""A Hugging Face folder as a source: configuration, weights, tokenizer, chat template, licence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import SourceError
+from .hf_config import check_quantization, config_from_hf
+from .hf_names import HF_NAMES, IGNORED_SUFFIX
+from .licence import licence_of_folder
+from .safetensors_reader import StoredTensor, check_readable, open_folder
+from .source import Source, SourceTensor, check_tensors, read_json, read_text
+
+MAX_TEMPLATE_BYTES = 1 << 20
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "original/tokenizer.model")
+TOKENIZER_SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+NUMBERS_OF_GENERATION = ("temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty")
+EMBEDDING, HEAD = "tok_embeddings", "output"
+
+
+def open_hf(folder: Path) -> Source:
+    """Open a folder with config.json and safetensors; the weights stay where they are.
+
+    Raises SourceError, UnsupportedError: everything that can be known without reading the weights.
+    """
+    config_path = folder / "config.json"
+    raw = read_json(config_path)
+    config = config_from_hf(raw, config_path)
+    check_quantization(raw, config_path)
+    notes: list[str] = []
+    stored, weight_files = open_folder(folder)
+    tensors = _tensors(folder, stored, config, notes)
+    licence, licence_files = licence_of_folder(folder, raw.get("license"))
+    generation = generation_from_hf(folder)
+    tokenizer, blobs, tokenizer_files = _tokenizer(folder, raw, generation, notes)
+    files = [config_path, *weight_files, *tokenizer_files, *licence_files]
+    files += [p for p in (folder / "generation_config.json", folder / "chat_template.jinja") if p.is_file()]
+    return Source(
+        path=folder,
+        name=folder.resolve().name,
+        config=config,
+        tokenizer=tokenizer,
+        blobs=blobs,
+        chat={"template": chat_template_from_hf(folder)},
+        generation=generation,
+        licence=licence,
+        files=files,
+        tensors=tensors,
+        notes=notes,
+    )
+
+
+# ---- tensors --------------------------------------------------------------------------------------------
+
+
+def _tensors(
+    folder: Path, stored: dict[str, StoredTensor], config: dict[str, Any], notes: list[str]
+) -> dict[str, SourceTensor]:
+    ours: dict[str, StoredTensor] = {}
+    unknown: list[str] = []
+    for theirs, tensor in stored.items():
+        name = HF_NAMES.ours(theirs)
+        if name is not None:
+            ours[name] = tensor
+        elif not theirs.endswith(IGNORED_SUFFIX):
+            unknown.append(theirs)
+    if config["tied_embeddings"]:
+        _tie(ours, config, notes)
+    check_tensors(folder, {name: t.shape for name, t in ours.items()}, unknown, config, HF_NAMES)
+    for tensor in ours.values():
+        check_readable(tensor)
+    return {
+        name: SourceTensor(name, t.name, t.shape, t.dtype, t.path, t.read_rows)
+        for name, t in sorted(ours.items())
+    }
+
+
+def _tie(ours: dict[str, StoredTensor], config: dict[str, Any], notes: list[str]) -> None:
+    """Settle tied embeddings as transformers 5 does: one of the two is enough, two must be equal."""
+    if HEAD in ours and EMBEDDING not in ours:
+        ours[EMBEDDING] = ours.pop(HEAD)
+    elif HEAD in ours and _equal(ours[HEAD], ours[EMBEDDING]):
+        del ours[HEAD]
+    elif HEAD in ours:
+        config["tied_embeddings"] = False
+        notes.append(
+            "config.json ties the embeddings, but lm_head.weight differs from them: both are kept"
+        )
+
+
+def _equal(a: StoredTensor, b: StoredTensor, rows: int = 4096) -> bool:
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+        return False
+    byte = np.dtype(np.uint8)
+    step = rows * 1024
+    return all(
+        np.array_equal(a.raw(byte, at, min(step, a.nbytes - at)), b.raw(byte, at, min(step, a.nbytes - at)))
+        for at in range(0, a.nbytes, step)
+    )
+
+
+# ---- tokenizer, template, generation --------------------------------------------------------------------
+
+
+def _tokenizer(
+    folder: Path, raw: dict[str, Any], generation: dict[str, Any], notes: list[str]
+) -> tuple[dict[str, Any], dict[str, bytes], list[Path]]:
+    """Read the tokenizer; a folder that has none gives a file that runs on token ids only, and says so."""
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        notes.append(f"{folder} has no tokenizer ({', '.join(TOKENIZER_FILES)}): the file runs on ids only")
+        bos = raw.get("bos_token_id")
+        ends = generation.get("eos_token_id") or token_ids(raw.get("eos_token_id"), folder / "config.json")
+        return no_tokenizer(bos if type(bos) is int else None, ends), {}, []
+    from .tokenizer_source import tokenizer_from_hf
+
+    tokenizer, blobs = tokenizer_from_hf(folder)
+    present = [folder / name for name in (*TOKENIZER_FILES, *TOKENIZER_SIDE_FILES)]
+    return tokenizer, blobs, [p for p in present if p.is_file()]
+
+
+def no_tokenizer(bos_id: int | None, eos_ids: list[int]) -> dict[str, Any]:
+    """Make the header entry of a model whose checkpoint carries no tokenizer."""
+    return {"type": "none", "bos_id": bos_id, "eos_ids": eos_ids, "add_bos": False, "special": {}}
+
+
+def token_ids(value: object, path: Path) -> list[int]:
+    """Read an id, a list of ids, or null. Raises SourceError."""
+    ids: list[Any] = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(type(i) is int and i >= 0 for i in ids):
+        raise SourceError(path, f'"eos_token_id" is {value!r}, expected a token id or a list of them')
+    return ids
+
+
+def generation_from_hf(folder: Path) -> dict[str, Any]:
+    """Read what generation_config.json says about sampling, under its own names; {} without the file.
+
+    Raises SourceError.
+    """
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return {}
+    raw = read_json(path)
+    found: dict[str, Any] = {}
+    for key in NUMBERS_OF_GENERATION:
+        value = raw.get(key)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e9:
+            raise SourceError(path, f'"{key}" is {value!r}, expected a number that is not negative')
+        found[key] = value
+    if isinstance(raw.get("do_sample"), bool):
+        found["do_sample"] = raw["do_sample"]
+    ends = token_ids(raw.get("eos_token_id"), path)
+    return {**found, "eos_token_id": ends} if ends else found
+
+
+def chat_template_from_hf(folder: Path) -> str | None:
+    """Find the chat template as transformers does: chat_template.jinja, else tokenizer_config.json."""
+    alone = folder / "chat_template.jinja"
+    if alone.is_file():
+        return read_text(alone, MAX_TEMPLATE_BYTES)
+    path = folder / "tokenizer_config.json"
+    if not path.is_file():
+        return None
+    template = read_json(path).get("chat_template")
+    if isinstance(template, list):
+        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+        template = named.get("default", next(iter(named.values()), None))
+    if template is not None and not isinstance(template, str):
+        raise SourceError(path, f'"chat_template" is a {type(template).__name__}, expected text')
+    return template
