@@ -1,7 +1,7 @@
 """The Llama forward pass in float64 NumPy: no cache, no kernels, every position at once. Slow and obvious.
 
-It shares no code with runtime/, so that it can judge it. Names and shapes are those of the .trit tensor table:
-weights (out, in), rows of wq and wk in half-split order. `config` is the header's "config" dictionary.
+It shares no code with runtime/, so that it can judge it. Names and shapes are those of the .trit tensor
+table: weights (out, in), rows of wq and wk in half-split order. `config` is the header's "config" dictionary.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def attention(q: Array, k: Array, v: Array, freq: Array, capacity: int | None, s
     """Attend causally; with a capacity, to the sinks and the newest tokens only, as StreamingLLM does.
 
     q: (n, n_heads, head_dim), k, v: (n, n_kv_heads, head_dim) not yet rotated, out: (n, n_heads * head_dim)
-    The query at p sees the positions below `sinks` and the newest `capacity - sinks` up to p. Where tokens have been
-    dropped, distances to the sinks are counted as if the dropped tokens had never been there.
+    The query at p sees the positions below `sinks` and the newest `capacity - sinks` up to p. Where tokens
+    have been dropped, distances to the sinks are counted as if they had never been there.
     """
     n, n_heads, head_dim = q.shape
     position = np.arange(n)

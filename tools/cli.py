@@ -1,0 +1,55 @@
+"""The console script `trit`: `trit NAME ...` is `python -m tools.NAME ...`, with chat from runtime/."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from formats.version import __version__
+from runtime.cli import UserError, run
+
+COMMANDS = {
+    "chat": ("runtime.chat", "talk to a model"),
+    "convert": ("tools.convert", "make a .trit file from a checkpoint"),
+    "inspect": ("tools.inspect", "show or verify what is in a .trit file"),
+    "perplexity": ("tools.perplexity", "measure how well a model predicts a text"),
+    "bench": ("tools.bench", "measure the speed of a model"),
+}
+HELP = frozenset({"-h", "--help", "help"})
+
+
+def usage() -> str:
+    """Return the text of `trit --help`."""
+    lines = [f"  {name:<12} {what}" for name, (_, what) in COMMANDS.items()]
+    return "\n".join(
+        ["usage: trit COMMAND [ARGUMENTS]", "", *lines, "", "trit COMMAND --help tells the arguments of one."]
+    )
+
+
+def dispatch(argv: Sequence[str]) -> int:
+    """Run the command that the first argument names, with the rest of the arguments."""
+    if not argv:
+        raise UserError(f"no command given; there are {', '.join(COMMANDS)} (see trit --help)")
+    name, *rest = argv
+    if name in HELP:
+        print(usage())
+        return 0
+    if name == "--version":
+        print(f"tritllama {__version__}")
+        return 0
+    if name not in COMMANDS:
+        raise UserError(f"unknown command {name!r}; there are {', '.join(COMMANDS)} (see trit --help)")
+    module = importlib.import_module(COMMANDS[name][0])
+    sys.argv[0] = f"trit {name}"  # the name that argparse shows
+    code: int = module.main(rest)
+    return code
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the console script; returns the exit code."""
+    return run(dispatch, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
