@@ -1,0 +1,253 @@
+"""Messages to token ids, so that nothing in a message can act as a control token.
+
+A format turns messages into pieces: plain text, and Control for a token that is only ever added as an id.
+Built in are llama3 (with the dates of 3.1 and later), chatml and llama2; each equals what the model's own
+template renders. Other templates are code: see jinja_format.py, used only when asked for.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from runtime.chat_pieces import (
+    BOS,
+    EOS,
+    ChatFormatError,
+    Control,
+    Message,
+    Piece,
+    check_messages,
+    encode_pieces,
+)
+
+if TYPE_CHECKING:
+    from runtime.tokenizer import Tokenizer
+
+DATE_3_1 = "26 Jul 2024"  # what the templates from Llama 3.1 on fall back to; today's would not repeat
+
+
+@dataclass(frozen=True)
+class ChatFormat(ABC):
+    """How a model wants a conversation written. system: used where the messages begin without one."""
+
+    system: str | None = None
+
+    name: ClassVar[str] = ""
+    ends_turn: ClassVar[Control | None] = None
+
+    @abstractmethod
+    def pieces(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[Piece]:
+        """Write the messages as text and control tokens. Raises ChatFormatError if the format has no place
+        for a message."""
+
+    def encode(
+        self,
+        tokenizer: Tokenizer,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
+        """Return the ids of a conversation, ready for the model to answer.
+
+        Raises ChatFormatError for bad messages, or if the tokenizer lacks a control token of the format.
+        """
+        return encode_pieces(tokenizer, self.pieces(check_messages(messages), add_generation_prompt))
+
+    def stop_ids(self, tokenizer: Tokenizer) -> frozenset[int]:
+        """Return the id that ends a turn: some files name only the end of the text as end token."""
+        token = None if self.ends_turn is None else tokenizer.special.get(self.ends_turn.text)
+        return frozenset() if token is None else frozenset({token})
+
+
+@dataclass(frozen=True)
+class Llama3Format(ChatFormat):
+    """Llama 3; with `dates`, the preamble of the system message that 3.1, 3.2 and 3.3 have."""
+
+    dates: str | None = None
+    trim: bool = True
+
+    name: ClassVar[str] = "llama3"
+    ends_turn: ClassVar[Control | None] = Control("<|eot_id|>")
+
+    def pieces(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[Piece]:
+        messages = _with_system(messages, self.system)
+        out: list[Piece] = [BOS]
+        if self.dates is not None:
+            system = ""
+            if messages[0].role == "system":
+                system, messages = messages[0].content, messages[1:]
+            out += self._turn("system", self.dates + self._text(system))
+        for message in messages:
+            out += self._turn(message.role, self._text(message.content))
+        return out + (self._header("assistant") if add_generation_prompt else [])
+
+    def _text(self, content: str) -> str:
+        return content.strip() if self.trim else content
+
+    def _header(self, role: str) -> list[Piece]:
+        return [Control("<|start_header_id|>"), role, Control("<|end_header_id|>"), "\n\n"]
+
+    def _turn(self, role: str, text: str) -> list[Piece]:
+        return [*self._header(role), text, Control("<|eot_id|>")]
+
+
+@dataclass(frozen=True)
+class ChatMLFormat(ChatFormat):
+    """ChatML, as SmolLM2 and many others use it. bos: the template begins with the BOS token."""
+
+    bos: bool = False
+    trim: bool = False
+
+    name: ClassVar[str] = "chatml"
+    ends_turn: ClassVar[Control | None] = Control("<|im_end|>")
+
+    def pieces(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[Piece]:
+        out: list[Piece] = [BOS] if self.bos else []
+        for message in _with_system(messages, self.system):
+            text = message.content.strip() if self.trim else message.content
+            out += [Control("<|im_start|>"), f"{message.role}\n{text}", Control("<|im_end|>"), "\n"]
+        if add_generation_prompt:
+            out += [Control("<|im_start|>"), "assistant\n"]
+        return out
+
+
+@dataclass(frozen=True)
+class Llama2Format(ChatFormat):
+    """Llama 2: instructions between [INST] and [/INST] as plain text, each exchange with a BOS and an EOS."""
+
+    name: ClassVar[str] = "llama2"
+
+    def pieces(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[Piece]:
+        messages = _with_system(messages, self.system)
+        preamble = ""
+        if messages[0].role == "system":
+            preamble = f"<<SYS>>\n{messages[0].content}\n<</SYS>>\n\n"
+            messages = messages[1:]
+        out: list[Piece] = []
+        for index, message in enumerate(messages):
+            if message.role != ("user", "assistant")[index % 2]:
+                raise ChatFormatError(
+                    "the chat format llama2 takes a system message at most, then user and assistant in turn; "
+                    f"message {index + 1} of these is from {message.role}"
+                )
+            if message.role == "user":
+                text = preamble + message.content if index == 0 else message.content
+                out += [BOS, f"[INST] {text.strip()} [/INST]"]
+            else:
+                out += [f" {message.content.strip()} ", EOS]
+        if not out:
+            raise ChatFormatError("the chat format llama2 needs a user message after the system message")
+        return out
+
+
+FORMATS: dict[str, type[ChatFormat]] = {
+    format_class.name: format_class for format_class in (Llama3Format, ChatMLFormat, Llama2Format)
+}
+
+
+def _with_system(messages: Sequence[Message], system: str | None) -> list[Message]:
+    if system is None or messages[0].role == "system":
+        return list(messages)
+    return [Message("system", system), *messages]
+
+
+# ==== Which format ====
+
+
+def select_format(chat: Mapping[str, Any], name: str | None = None, jinja: bool = False) -> ChatFormat | None:
+    """Choose the format for a model file; None if it is a base model, without template and without a name.
+
+    chat: the file's `chat` header; name: a format asked for, which need not be the file's own; jinja: render
+    the file's template. Raises ChatFormatError if the name is unknown or the template must be asked for.
+    """
+    template = chat.get("template")
+    if jinja:
+        from runtime.jinja_format import JinjaFormat
+
+        if name is not None:
+            raise ChatFormatError("jinja renders the model's own template: name no chat format with it")
+        if not template:
+            raise ChatFormatError("the model has no chat template to render with jinja")
+        return JinjaFormat(template)
+    own = _from_template(template) if template else None
+    wanted = name or chat.get("format")
+    if own is not None and wanted in (None, own.name):
+        return own
+    if wanted is not None:
+        if wanted not in FORMATS:
+            raise ChatFormatError(f"unknown chat format {wanted!r}; known are {', '.join(FORMATS)}")
+        return FORMATS[wanted](system=None if name else chat.get("system"))
+    if template:
+        raise ChatFormatError(
+            f"the model's chat template is none of {', '.join(FORMATS)}: name one of these (--chat-format), "
+            "let the template itself run in a sandbox (--jinja), or complete plain text (--raw)"
+        )
+    return None
+
+
+def recognise(template: str | None) -> dict[str, str | None]:
+    """Tell the built-in format of a chat template: {"format", "system"}, both None if it is none of them."""
+    found = _from_template(template) if template else None
+    if found is None:
+        return {"format": None, "system": None}
+    return {"format": found.name, "system": found.system}
+
+
+def _from_template(template: str) -> ChatFormat | None:
+    """Recognise a template by the marks it writes, and read its variations out of its string literals."""
+    text = re.sub(r"\{#.*?#\}", "", template, flags=re.DOTALL)
+    if re.search("think|reasoning", text):  # such templates rewrite earlier answers
+        return None
+    trims = re.search(r"content['\"]?\]?\s*\|\s*trim|content['\"]?\]?\.strip\(\)", text) is not None
+    literals = _literals(text)
+    if "<|im_start|>" in text and "<|im_end|>" in text:
+        system = _chatml_system(literals) or _set_system(text)
+        return ChatMLFormat(system=system, bos="bos_token" in text, trim=trims)
+    if all(mark in text for mark in ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")):
+        return Llama3Format(system=_set_system(text), dates=_dates(text, literals), trim=trims)
+    if re.search(r"(bos_token\s*\+\s*['\"]|<s>)\[INST\]", text) and "<<SYS>>" in text and trims:
+        return Llama2Format(system=_set_system(text))
+    return None
+
+
+STRING = r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\""
+
+
+def _literals(text: str) -> list[str]:
+    """Return the string literals inside the tags of a template."""
+    tags = re.findall(r"\{\{.*?\}\}|\{%.*?%\}", text, flags=re.DOTALL)
+    return [_unescape(a or b) for tag in tags for a, b in re.findall(STRING, tag, flags=re.DOTALL)]
+
+
+def _unescape(literal: str) -> str:
+    """Read the escapes of a jinja literal, which are Python's."""
+    try:
+        return literal.encode("ascii", "backslashreplace").decode("unicode_escape")
+    except UnicodeDecodeError:
+        return literal
+
+
+def _chatml_system(literals: Iterable[str]) -> str | None:
+    for literal in literals:
+        match = re.fullmatch(r"<\|im_start\|>system\n(.+)<\|im_end\|>\n?", literal, flags=re.DOTALL)
+        if match:
+            return match[1]
+    return None
+
+
+def _set_system(text: str) -> str | None:
+    """Find the default in `set system_message = "..."`; an empty one is none."""
+    match = re.search(rf"set\s+system_message\s*=\s*(?:{STRING})\s*-?%\}}", text, flags=re.DOTALL)
+    return _unescape(match[1] or match[2] or "") or None if match else None
+
+
+def _dates(text: str, literals: Sequence[str]) -> str | None:
+    """Return the preamble with the two dates that the template writes before the system text."""
+    cutting = [literal for literal in literals if literal.startswith("Cutting Knowledge Date:")]
+    if not cutting:
+        return None
+    dates = [_unescape(a or b) for a, b in re.findall(rf"date_string\s*=\s*(?:{STRING})", text)]
+    return f"{cutting[0]}Today Date: {dates[-1] if dates else DATE_3_1}\n\n"

@@ -1,0 +1,101 @@
+"""Messages checked, and pieces of text and control tokens turned into ids: what every chat format shares."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from runtime.tokenizer import Tokenizer
+
+ROLES = ("system", "user", "assistant")
+
+
+class ChatFormatError(ValueError):
+    """The messages or the chat format cannot be used."""
+
+
+@dataclass(frozen=True)
+class Control:
+    """A control token, named by its text; BOS and EOS below are whatever the model's file says."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Message:
+    role: str
+    content: str
+
+
+Piece = str | Control
+BOS = Control("BOS")
+EOS = Control("EOS")
+
+
+def check_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
+    """Check the shape of OpenAI messages; a content in parts must be all text. Raises ChatFormatError."""
+    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
+        raise ChatFormatError('messages must be a list of {"role": ..., "content": ...}')
+    if not messages:
+        raise ChatFormatError("messages is empty: there is nothing to answer")
+    return [_check_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+
+
+def _check_message(message: Any, where: str) -> Message:
+    if not isinstance(message, Mapping):
+        raise ChatFormatError(f'{where} must be {{"role": ..., "content": ...}}, got {message!r:.40}')
+    role, content = message.get("role"), message.get("content")
+    if role not in ROLES:
+        raise ChatFormatError(f"{where}: the role must be one of {', '.join(ROLES)}, got {role!r}")
+    extra = [str(key) for key, value in message.items() if value and key not in ("role", "content", "name")]
+    if extra:
+        raise ChatFormatError(f"{where}: {', '.join(extra)} is not supported; text messages only")
+    if isinstance(content, Sequence) and not isinstance(content, (str, bytes)):
+        content = "".join(_text_of_part(part, where) for part in content)
+    if not isinstance(content, str):
+        raise ChatFormatError(f"{where}: the content must be text, got {type(content).__name__}")
+    return Message(role, content)
+
+
+def _text_of_part(part: Any, where: str) -> str:
+    if isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str):
+        return str(part["text"])
+    raise ChatFormatError(f'{where}: a part of the content must be {{"type": "text", "text": ...}}')
+
+
+def encode_pieces(tokenizer: Tokenizer, pieces: Iterable[Piece]) -> list[int]:
+    """Encode pieces; neighbouring texts are joined first, as a template would have written them."""
+    ids: list[int] = []
+    text = ""
+    for piece in pieces:
+        if isinstance(piece, str):
+            text += piece
+            continue
+        if text:
+            ids += tokenizer.encode(text, special=False)
+            text = ""
+        ids.append(_control_id(tokenizer, piece))
+    return ids + (tokenizer.encode(text, special=False) if text else [])
+
+
+def _control_id(tokenizer: Tokenizer, control: Control) -> int:
+    if control is BOS:
+        token = tokenizer.bos_id
+    elif control is EOS:
+        token = end_of_text_id(tokenizer)
+    else:
+        token = tokenizer.special.get(control.text)
+    if token is None:
+        raise ChatFormatError(
+            f"the model's tokenizer has no token {control.text}, which the chat format needs; name another"
+        )
+    return token
+
+
+def end_of_text_id(tokenizer: Tokenizer) -> int | None:
+    """Return the id that a template's eos_token stands for."""
+    if "</s>" in tokenizer.special:
+        return tokenizer.special["</s>"]
+    return min(tokenizer.eos_ids) if tokenizer.eos_ids else None
