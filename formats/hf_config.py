@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
 from .errors import SourceError, UnsupportedError
 from .source import MAX_LAYERS
 
-ARCHITECTURES = ("LlamaForCausalLM", "LlamaModel", "LeanLlamaForCausalLM")
+ARCHITECTURES = ("LlamaForCausalLM", "LeanLlamaForCausalLM")
 ROPE_TYPES = ("default", "llama3", "linear")
 MAX_SIZE = 1 << 24
 MAX_CONTEXT = 1 << 31
@@ -90,29 +89,31 @@ def rope_from_hf(raw: dict[str, Any], path: Path) -> dict[str, Any]:
         part = raw.get(key)
         if part is not None and not isinstance(part, dict):
             raise SourceError(path, f'"{key}" is {part!r}, expected an object or null')
+        if any(isinstance(value, dict) for value in (part or {}).values()):
+            raise UnsupportedError(path, f'"{key}" differs from layer to layer, which is not supported')
         merged.update({name: value for name, value in (part or {}).items() if value is not None})
     if merged["rope_theta"] is None:
         merged["rope_theta"] = 10000.0
     kind = merged.get("rope_type", merged.get("type", "default"))
     fields = Fields(merged, path)
     theta = fields.number("rope_theta")
-    if merged.get("partial_rotary_factor", 1.0) != 1.0 or raw.get("partial_rotary_factor", 1.0) != 1.0:
+    if merged.get("partial_rotary_factor", 1.0) != 1.0 or raw.get("partial_rotary_factor") not in (None, 1.0):
         raise UnsupportedError(path, "rotates only a part of each head (partial_rotary_factor)")
-    if kind == "default":
-        scaling = None
-    elif kind == "linear":
+    scaling: dict[str, Any] | None = None
+    if kind == "linear":
         scaling = {"type": "linear", "factor": fields.number("factor")}
     elif kind == "llama3":
+        low, high = fields.number("low_freq_factor"), fields.number("high_freq_factor")
+        if high <= low:
+            raise SourceError(path, "rope high_freq_factor is not larger than low_freq_factor")
         scaling = {
             "type": "llama3",
             "factor": fields.number("factor"),
-            "low_freq_factor": fields.number("low_freq_factor"),
-            "high_freq_factor": fields.number("high_freq_factor"),
+            "low_freq_factor": low,
+            "high_freq_factor": high,
             "original_max_seq_len": fields.size("original_max_position_embeddings", maximum=MAX_CONTEXT),
         }
-        if scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
-            raise SourceError(path, "rope high_freq_factor is not larger than low_freq_factor")
-    else:
+    elif kind != "default":
         raise UnsupportedError(path, f"rope type {kind!r}; supported are {', '.join(ROPE_TYPES)}")
     return {"rope_theta": theta, "rope_scaling": scaling}
 
@@ -134,10 +135,9 @@ class Fields:
     def number(self, key: str, default: float | None = None) -> float:
         """Read a positive finite number; null counts as absent."""
         value = self._value(key, default)
-        number = value if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
-        if not 0 < number < 1e300:
+        if type(value) not in (int, float) or not 0 < value < 1e300:
             raise SourceError(self._path, f'"{key}" is {value!r}, expected a positive number')
-        return float(number)
+        return float(value)
 
     def flag(self, key: str) -> bool:
         """Read true or false; absent or null is false."""
