@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from runtime.tokenizer import Tokenizer
 
 DATE_3_1 = "26 Jul 2024"  # what the templates from Llama 3.1 on fall back to; today's would not repeat
+LONGEST_TEMPLATE = 1 << 16
+STRINGS = {quote: re.compile(rf"{quote}(?:[^{quote}\\]|\\.)*{quote}", re.DOTALL) for quote in ("'", '"')}
 
 
 @dataclass(frozen=True)
@@ -198,28 +200,47 @@ def recognise(template: str | None) -> dict[str, str | None]:
 
 def _from_template(template: str) -> ChatFormat | None:
     """Recognise a template by the marks it writes, and read its variations out of its string literals."""
-    text = re.sub(r"\{#.*?#\}", "", template, flags=re.DOTALL)
+    if len(template) > LONGEST_TEMPLATE:
+        return None
+    text = "".join(_split(template, "{#", "#}")[0])
     if re.search("think|reasoning", text):  # such templates rewrite earlier answers
         return None
-    trims = re.search(r"content['\"]?\]?\s*\|\s*trim|content['\"]?\]?\.strip\(\)", text) is not None
-    literals = _literals(text)
+    tags = [*_split(text, "{{", "}}")[1], *_split(text, "{%", "%}")[1]]
+    literals = [literal for tag in tags for literal in _literals(tag)]
+    trims = re.search(r"content['\"]?\]?(\s?\|\s?trim|\.strip\(\))", text) is not None
     if "<|im_start|>" in text and "<|im_end|>" in text:
-        system = _chatml_system(literals) or _set_system(text)
+        system = _chatml_system(literals) or _assigned(tags, "system_message")
         return ChatMLFormat(system=system, bos="bos_token" in text, trim=trims)
     if all(mark in text for mark in ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")):
-        return Llama3Format(system=_set_system(text), dates=_dates(text, literals), trim=trims)
-    if re.search(r"(bos_token\s*\+\s*['\"]|<s>)\[INST\]", text) and "<<SYS>>" in text and trims:
-        return Llama2Format(system=_set_system(text))
+        system = _assigned(tags, "system_message")
+        return Llama3Format(system=system, dates=_dates(tags, literals), trim=trims)
+    if re.search(r"(bos_token\s?\+\s?['\"]|<s>)\[INST\]", text) and "<<SYS>>" in text and trims:
+        return Llama2Format(system=_assigned(tags, "system_message"))
     return None
 
 
-STRING = r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\""
+def _split(text: str, start: str, end: str) -> tuple[list[str], list[str]]:
+    """Return what is outside and what is inside of the brackets start ... end."""
+    outside, inside = [], []
+    first, *rest = text.split(start)
+    outside.append(first)
+    for part in rest:
+        within, closed, after = part.partition(end)
+        inside.append(within)
+        outside.append(after if closed else "")
+    return outside, inside
 
 
-def _literals(text: str) -> list[str]:
-    """Return the string literals inside the tags of a template."""
-    tags = re.findall(r"\{\{.*?\}\}|\{%.*?%\}", text, flags=re.DOTALL)
-    return [_unescape(a or b) for tag in tags for a, b in re.findall(STRING, tag, flags=re.DOTALL)]
+def _literals(tag: str) -> list[str]:
+    """Return the string literals in the code of one tag, in one pass: a template may be hostile."""
+    found, position = [], 0
+    while opening := re.compile("['\"]").search(tag, position):
+        literal = STRINGS[opening[0]].match(tag, opening.start())
+        if literal is None:
+            break
+        found.append(_unescape(literal[0][1:-1]))
+        position = literal.end()
+    return found
 
 
 def _unescape(literal: str) -> str:
@@ -230,24 +251,26 @@ def _unescape(literal: str) -> str:
         return literal
 
 
-def _chatml_system(literals: Iterable[str]) -> str | None:
-    for literal in literals:
-        match = re.fullmatch(r"<\|im_start\|>system\n(.+)<\|im_end\|>\n?", literal, flags=re.DOTALL)
-        if match:
-            return match[1]
+def _assigned(tags: Iterable[str], name: str) -> str | None:
+    """Find the text in `{% set name = "text" %}`; an empty one is none."""
+    for tag in tags:
+        match = re.match(rf"-?\s*set\s+{name}\s*=\s*(?=['\"])", tag)
+        if match and (literals := _literals(tag[match.end() :])):
+            return literals[0] or None
     return None
 
 
-def _set_system(text: str) -> str | None:
-    """Find the default in `set system_message = "..."`; an empty one is none."""
-    match = re.search(rf"set\s+system_message\s*=\s*(?:{STRING})\s*-?%\}}", text, flags=re.DOTALL)
-    return _unescape(match[1] or match[2] or "") or None if match else None
+def _chatml_system(literals: Iterable[str]) -> str | None:
+    """Find the default system message where it is written out with its control tokens."""
+    begin, end = "<|im_start|>system\n", "<|im_end|>"
+    for literal in literals:
+        if literal.startswith(begin) and literal.rstrip("\n").endswith(end):
+            return literal.rstrip("\n")[len(begin) : -len(end)] or None
+    return None
 
 
-def _dates(text: str, literals: Sequence[str]) -> str | None:
+def _dates(tags: Sequence[str], literals: Iterable[str]) -> str | None:
     """Return the preamble with the two dates that the template writes before the system text."""
     cutting = [literal for literal in literals if literal.startswith("Cutting Knowledge Date:")]
-    if not cutting:
-        return None
-    dates = [_unescape(a or b) for a, b in re.findall(rf"date_string\s*=\s*(?:{STRING})", text)]
-    return f"{cutting[0]}Today Date: {dates[-1] if dates else DATE_3_1}\n\n"
+    today = _assigned(tags, "date_string") or DATE_3_1
+    return f"{cutting[0]}Today Date: {today}\n\n" if cutting else None

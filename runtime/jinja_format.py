@@ -14,6 +14,7 @@ import re
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 from runtime.chat_format import ChatFormat
@@ -97,6 +98,7 @@ class JinjaFormat(ChatFormat):
             raise ChatFormatError(f"the chat template failed: {exc}") from exc
 
 
+@lru_cache(maxsize=4)
 def _compile(template: str) -> Any:
     """Compile with the settings that Hugging Face templates are written for."""
     try:
