@@ -100,6 +100,12 @@ def finite_rows(w: np.ndarray, start: int, stop: int) -> np.ndarray:
     return rows
 
 
+def check_fits(largest: np.ndarray | np.float32, dtype: str, codec: str) -> None:
+    """Raise ValueError if the largest dequantised value would become infinite in `dtype`."""
+    if not np.isfinite(round_to(np.atleast_1d(largest), dtype)).all():
+        raise ValueError(f"a value of {largest:g} does not fit codec {codec} with dtype {dtype}; use float32")
+
+
 def check_ids(ids: np.ndarray, shape: Shape) -> None:
     """Raise IndexError unless every id is a row; negative ones are not."""
     if ids.size and (ids.min() < 0 or ids.max() >= shape[0]):

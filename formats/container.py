@@ -19,6 +19,7 @@ import numpy as np
 from .codecs import CODECS, align, part_spans
 from .errors import ChecksumError, FormatError, TensorError, TruncatedFileError
 from .header import Entry, checked_span, read_header
+from .writer import TritWriter as TritWriter
 
 _CHUNK = 4 << 20
 Progress = Callable[[int, int], None]

@@ -18,6 +18,7 @@ from .codec_base import (
     Params,
     Parts,
     Shape,
+    check_fits,
     check_ids,
     check_params,
     finite_rows,
@@ -149,10 +150,11 @@ class NF4Codec(Codec):
         params = {"block": 64, "nested_block": 256, "dtype": "float32", **options}
         self.parts(w.shape, params)
         packed, absmax = _quantize_blocks(np.ascontiguousarray(w).reshape(-1), params["block"])
-        parts = {"codes": packed, "levels": LEVELS}
-        if not params["nested_block"]:
-            return params, {**parts, "absmax": absmax}
-        return params, {**parts, **_quantize_scales(absmax, params["nested_block"])}
+        parts = {"codes": packed, "levels": LEVELS, "absmax": absmax}
+        if params["nested_block"]:
+            parts.update(_quantize_scales(absmax, params["nested_block"]))
+        check_fits(np.abs(block_scales(parts, params)).max(), params["dtype"], self.name)
+        return params, parts
 
     def dequantize(self, parts: Parts, shape: Shape, params: Params) -> np.ndarray:
         n = math.prod(shape)

@@ -19,6 +19,7 @@ from .codec_base import (
     Params,
     Parts,
     Shape,
+    check_fits,
     check_ids,
     check_params,
     finite_rows,
@@ -268,6 +269,7 @@ class TritCodec(Codec):
         params = {"dtype": "float32", **options}
         self.parts(w.shape, params)
         levels, codes, units = quantize_levels(w, self.depth)
+        check_fits(units.max() * np.float32(max_level(self.depth)), params["dtype"], self.name)
         return params, {"units": units, "blocks": pack(levels, codes, self.depth)}
 
     def dequantize_rows(self, parts: Parts, shape: Shape, params: Params, ids: np.ndarray) -> np.ndarray:
