@@ -89,15 +89,11 @@ def recover(
     if values.ndim != 2:
         raise ValueError(f"expected a matrix (out, in), found shape {values.shape}")
     dtype = dtype or values.dtype.name
+    if reason := _hopeless(values, dtype):
+        return Refusal(f"not of that form: {reason}")
     groups = _grouped_bits(values, dtype)
     if groups is None:
         return Refusal(f"not of that form: the values are not all on the {dtype} grid")
-    sample = groups[_spread(len(groups), POOL)]
-    limit = ENTRIES * max_level(4)
-    few = Magnitudes.of([sample], dtype)
-    if few.rare(limit) > 0.05 * sample.size:
-        found_count = f"{few.count} distinct magnitudes in a sample of {len(sample)} groups"
-        return Refusal(f"not of that form: {found_count}, at most {limit} possible")
     magnitudes = Magnitudes.of(_chunks(groups), dtype)
     ids = np.empty(groups.shape, np.uint16)
     for start in range(0, len(groups), CHUNK):
@@ -110,6 +106,29 @@ def recover(
             continue
         return _encode(groups, ids, *found, values.shape, dtype)
     return Refusal("not of that form: " + "; ".join(reasons))
+
+
+def _hopeless(values: np.ndarray, dtype: str) -> str | None:
+    """Look at a few rows, so that an ordinary matrix is refused in no time."""
+    few = _grouped_bits(values[:: max(len(values) // PROBES, 1)][:PROBES], dtype)
+    if few is None:
+        return f"the values are not all on the {dtype} grid"
+    few = few[_spread(len(few), POOL)]
+    magnitudes = Magnitudes.of([few], dtype)
+    limit = ENTRIES * max_level(4)
+    if magnitudes.rare(limit) > 0.05 * few.size:
+        seen = f"{magnitudes.count} distinct magnitudes in a sample of {len(few)} groups"
+        return f"{seen}, at most {limit} possible"
+    return _probe(UnitSearch(magnitudes, 4), magnitudes.lookup(few))  # depth 4 can do what the others can
+
+
+def _probe(search: UnitSearch, ids: np.ndarray) -> str | None:
+    """Say so if most of a few groups fit no unit whatever. ids: (groups, 16) uint16"""
+    probes = ids[_spread(len(ids), PROBES)]
+    feasible = sum(search.fits(group) for group in probes)
+    if 2 * feasible < len(probes):
+        return f"no unit fits {len(probes) - feasible} of {len(probes)} sampled groups"
+    return None
 
 
 def _grouped_bits(values: np.ndarray, dtype: str) -> np.ndarray | None:
@@ -159,10 +178,8 @@ def _units(
     if rare > max_exceptions * ids.size:
         return f"{magnitudes.count} distinct magnitudes, at most {limit} possible"
     search = UnitSearch(magnitudes, depth)
-    probes = ids[_spread(len(ids), PROBES)]
-    feasible = sum(search.fits(group) for group in probes)
-    if 2 * feasible < len(probes):
-        return f"no unit fits {len(probes) - feasible} of {len(probes)} sampled groups"
+    if reason := _probe(search, ids):
+        return reason
     pool = _spread(len(ids), POOL)
     masks = np.zeros(len(ids), np.uint32)
     unfit = np.zeros(len(ids), bool)
