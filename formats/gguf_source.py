@@ -55,11 +55,11 @@ def open_gguf(path: Path) -> Source:
 
     Raises SourceError, UnsupportedError: everything that can be known without reading the weights.
     """
-    from .tokenizer_source import tokenizer_from_gguf
-
     gguf = read_gguf(path)
     config = config_from_gguf(gguf)
     tensors = _tensors(gguf, config)
+    from .tokenizer_source import tokenizer_from_gguf
+
     fields = gguf.fields
     tokenizer, blobs = tokenizer_from_gguf(fields)
     name, template = fields.get("general.name"), fields.get("tokenizer.chat_template")
@@ -276,4 +276,3 @@ def _generation(fields: dict[str, Any]) -> dict[str, Any]:
         if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1e9:
             found[ours] = _short(value) if isinstance(value, float) else value
     return found
-

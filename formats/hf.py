@@ -86,9 +86,7 @@ def _tie(ours: dict[str, StoredTensor], config: dict[str, Any], notes: list[str]
         del ours[HEAD]
     elif HEAD in ours:
         config["tied_embeddings"] = False
-        notes.append(
-            "config.json ties the embeddings, but lm_head.weight differs from them: both are kept"
-        )
+        notes.append("config.json ties the embeddings, but lm_head.weight differs from them: both are kept")
 
 
 def _equal(a: StoredTensor, b: StoredTensor, rows: int = 4096) -> bool:

