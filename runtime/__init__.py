@@ -1,1 +1,29 @@
-"""Run packed Llama models on a CPU."""
+"""Run packed Llama models on a CPU.
+
+>>> from runtime import Llama
+>>> llm = Llama("model.trit", n_ctx=8192)
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from formats.version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from .generate import ContextOverflowError as ContextOverflowError
+    from .llama import BusyError as BusyError
+    from .llama import Llama as Llama
+
+_PLACES = {"Llama": "llama", "BusyError": "llama", "ContextOverflowError": "generate"}
+
+__all__ = ["BusyError", "ContextOverflowError", "Llama", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: a command that shows its help must not wait for the kernels."""
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f".{_PLACES[name]}", __name__), name)

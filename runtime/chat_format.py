@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from runtime.chat_pieces import (
+from .chat_pieces import (
     BOS,
     EOS,
     ChatFormatError,
@@ -25,7 +25,7 @@ from runtime.chat_pieces import (
 )
 
 if TYPE_CHECKING:
-    from runtime.tokenizer import Tokenizer
+    from .tokenizer import Tokenizer
 
 DATE_3_1 = "26 Jul 2024"  # what the templates from Llama 3.1 on fall back to; today's would not repeat
 LONGEST_TEMPLATE = 1 << 16
@@ -167,7 +167,7 @@ def select_format(chat: Mapping[str, Any], name: str | None = None, jinja: bool 
     """
     template = chat.get("template")
     if jinja:
-        from runtime.jinja_format import JinjaFormat
+        from .jinja_format import JinjaFormat
 
         if name is not None:
             raise ChatFormatError("jinja renders the model's own template: name no chat format with it")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from runtime.tokenizer import Tokenizer
+    from .tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant")
 

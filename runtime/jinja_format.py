@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
-from runtime.chat_format import ChatFormat
-from runtime.chat_pieces import (
+from .chat_format import ChatFormat
+from .chat_pieces import (
     ChatFormatError,
     Control,
     Message,
@@ -29,7 +29,7 @@ from runtime.chat_pieces import (
 )
 
 if TYPE_CHECKING:
-    from runtime.tokenizer import Tokenizer
+    from .tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,117 @@
+"""Checks of what callers may ask for: everything wrong is found before a model is loaded or a token read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+
+from formats.errors import HeaderError
+
+from .generate import ContextOverflowError
+from .openai_shapes import LogProbs
+from .sampler import OptionError, SamplingOptions, check_seed
+
+KV_NOW, KV_LATER = ("f16",), ("q8", "q4")
+MAX_LOGPROBS = 20
+# What generation_config.json calls our options
+FILE_OPTIONS = {
+    "temperature": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "repetition_penalty": "repeat_penalty",
+}
+
+
+def check_arguments(
+    *, n_ctx: Any = None, n_batch: Any = None, n_threads: Any = None, keep: Any = None, kv: Any = "auto",
+    seed: Any = None,
+) -> None:  # fmt: skip
+    """Check the arguments of Llama that need no model. Raises OptionError naming the first wrong one."""
+    for name, value, least in (
+        ("n_ctx", n_ctx, 2), ("n_batch", n_batch, 1), ("n_threads", n_threads, 1), ("keep", keep, 0),
+    ):  # fmt: skip
+        if value is not None:
+            _check_whole(name, value, least)
+    check_kv(kv)
+    check_seed(seed)
+
+
+def check_kv(kv: Any) -> None:
+    """Check the codec of the cache: "auto", one codec, or "k=CODEC,v=CODEC". Raises OptionError."""
+    match = re.fullmatch(r"(?:k=(\w+),v=(\w+)|(\w+))", kv) if isinstance(kv, str) else None
+    wanted = {codec for codec in match.groups() if codec} if match else set()
+    if not wanted or wanted - {"auto", *KV_NOW, *KV_LATER}:
+        raise OptionError(f"kv must be auto, f16, q8, q4 or k=CODEC,v=CODEC, got {kv!r}")
+    if later := sorted(wanted & set(KV_LATER)):
+        raise OptionError(f"kv: the codec {' and '.join(later)} is not available yet; use f16 or auto")
+
+
+def check_max_tokens(max_tokens: Any) -> None:
+    _check_whole("max_tokens", max_tokens, -1)
+
+
+def check_stop(stop: Any) -> list[str]:
+    """Return the stop strings as a list. Raises OptionError for anything but texts, or an empty one."""
+    stops = [stop] if isinstance(stop, str) else list(stop or ())
+    for text in stops:
+        if not isinstance(text, str) or not text:
+            raise OptionError(f"stop must be one or more non-empty texts, got {text!r}")
+    return stops
+
+
+def check_prompt(ids: Any, vocab_size: int, n_ctx: int | None) -> list[int]:
+    """Return the ids of a prompt as a list; n_ctx: the most there may be, None for any number.
+
+    Raises OptionError for something else than ids of the vocabulary, ContextOverflowError for too many.
+    """
+    array = np.asarray(ids)
+    if array.size == 0:
+        raise OptionError("the prompt is empty; give it at least one token")
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise OptionError("a prompt must be a text or a list of token ids")
+    if array.min() < 0 or array.max() >= vocab_size:
+        wrong = next(int(i) for i in array if not 0 <= i < vocab_size)
+        raise OptionError(f"there is no token {wrong}; ids go from 0 to {vocab_size - 1}")
+    if n_ctx is not None and len(array) > n_ctx:
+        raise ContextOverflowError(
+            f"the prompt has {len(array)} tokens, the context holds {n_ctx}; shorten it or raise n_ctx (-c)"
+        )
+    return [int(i) for i in array]
+
+
+def log_probs(top: Any, name: str) -> LogProbs | None:
+    """Return a collector of log probabilities, or None if none are wanted."""
+    if top is None:
+        return None
+    _check_whole(name, top, 0)
+    if top > MAX_LOGPROBS:
+        raise OptionError(f"{name} must be from 0 to {MAX_LOGPROBS}, got {top}")
+    return LogProbs(int(top))
+
+
+def defaults_of_file(generation: Any, path: str) -> dict[str, Any]:
+    """Return the sampling options that a model file sets. Raises HeaderError if a value is impossible."""
+    if generation is None:
+        return {}
+    if not isinstance(generation, Mapping):
+        raise HeaderError(path, f"generation must be an object, found {generation!r:.40}; convert it again")
+    found = {
+        ours: generation[theirs]
+        for theirs, ours in FILE_OPTIONS.items()
+        if generation.get(theirs) is not None
+    }
+    try:
+        SamplingOptions(**found)
+    except OptionError as exc:
+        raise HeaderError(path, f"generation: {exc}; convert it again") from exc
+    return found
+
+
+def _check_whole(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
+        raise OptionError(f"{name} must be a whole number, {least} or more, got {value!r}")
