@@ -53,7 +53,7 @@ class Planned:
 
 @dataclass(frozen=True)
 class Summary:
-    """What was written, or with `dry_run` would be. nbytes: of all payloads; bpw: bits per weight."""
+    """What was written, or with `dry_run` would be. nbytes: of all payloads, with the tokenizer's."""
 
     path: Path
     plan: list[Planned]
@@ -63,7 +63,8 @@ class Summary:
 
     @property
     def bpw(self) -> float:
-        return 8 * self.nbytes / max(self.weights, 1)
+        """Bits per weight of the whole model, the tokenizer left out."""
+        return 8 * sum(row["bytes"] for row in self.by_codec().values()) / max(self.weights, 1)
 
     def by_codec(self) -> dict[str, dict[str, Any]]:
         """Give {codec: {"tensors", "weights", "bytes", "bpw"}}, the tokenizer's blobs left out."""

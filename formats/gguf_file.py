@@ -52,7 +52,9 @@ class GGUFTensor:
         except ValueError as exc:  # shorter than when it was opened
             raise SourceError(self.path, f"changed while it was read: {exc}", self.name) from exc
         packed = np.ascontiguousarray(np.asarray(raw)[rows])
-        return dequantize(packed, GGMLQuantizationType[self.type]).astype(np.float32, copy=False)
+        with np.errstate(all="ignore"):  # the converter names what is not finite itself
+            values = dequantize(packed, GGMLQuantizationType[self.type])
+        return values.astype(np.float32, copy=False)
 
 
 @dataclass(frozen=True)

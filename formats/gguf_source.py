@@ -61,7 +61,7 @@ def open_gguf(path: Path) -> Source:
     from .tokenizer_source import tokenizer_from_gguf
 
     fields = gguf.fields
-    tokenizer, blobs = tokenizer_from_gguf(fields)
+    tokenizer, blobs = tokenizer_from_gguf(fields, path)
     name, template = fields.get("general.name"), fields.get("tokenizer.chat_template")
     licence = fields.get("general.license")
     if licence in (None, "other"):
