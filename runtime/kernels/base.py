@@ -1,0 +1,71 @@
+"""What a backend offers the forward pass. Every backend computes the same function; they differ in speed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from formats import Tensor
+
+from ..cache import KVRing
+
+ACT_BLOCK = 80  # inputs that share one scale when activations are int8
+GROUPED = ("trit1", "trit2", "trit3", "trit4")  # codecs whose products use int8 activations when those are wanted
+
+
+class Linear(Protocol):
+    """One or more matrices that multiply the same activations."""
+
+    nbytes: int
+
+    def __call__(self, x: np.ndarray, outs: Sequence[np.ndarray], add: bool = False) -> None:
+        """outs[i] = x @ W[i].T + bias[i], or added to outs[i].
+
+        x: (n, in) float32; outs[i]: (n, out_i) float32; all C-contiguous
+        """
+
+
+class Kernels(Protocol):
+    """A backend: packed products, and the steps between them."""
+
+    name: str
+    int8: bool
+
+    def describe(self) -> str:
+        """One line: the backend, its threads, and what the CPU offers it."""
+
+    def linear(self, tensors: Sequence[Tensor], biases: Sequence[np.ndarray | None]) -> Linear:
+        """Prepare matrices of equal width. biases: (out,) float32 or None, one for each matrix."""
+
+    def rmsnorm(self, x: np.ndarray, gain: np.ndarray, eps: float, out: np.ndarray) -> None:
+        """out = x / sqrt(mean(x^2) + eps) * gain. x, out: (n, dim) float32; gain: (dim,) float32"""
+
+    def swiglu(self, gate: np.ndarray, up: np.ndarray) -> None:
+        """gate = silu(gate) * up, in place. Both (n, hidden_dim) float32"""
+
+    def rope_append(
+        self,
+        q: np.ndarray,
+        q_sink: np.ndarray,
+        k: np.ndarray,
+        v: np.ndarray,
+        turns: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray],
+        ring: KVRing,
+        layer: int,
+    ) -> None:
+        """Rotate q and k in place, fill q_sink with q rotated for the sinks, and put k and v into the ring.
+
+        q, q_sink: (n, n_heads * head_dim) float32; k, v: (n, n_kv_heads * head_dim) float32
+        turns: cosine and sine for the window, cosine and sine for the sinks, each (n, head_dim / 2) float32
+        """
+
+    def attention(self, q: np.ndarray, q_sink: np.ndarray, ring: KVRing, layer: int, out: np.ndarray) -> None:
+        """Softmax attention of n new tokens, at positions ring.length .. + n - 1, over what each may see.
+
+        q, q_sink, out: (n, n_heads * head_dim) float32
+        """
+
+    def close(self) -> None:
+        """Give threads back."""

@@ -1,0 +1,221 @@
+"""The default backend: kernels compiled by Numba, run by the project's own threads straight on the packed weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numba
+import numpy as np
+
+from formats import Tensor
+
+from ..cache import KVRing
+from . import numba_layers as layers
+from . import numba_matmul as mm
+from . import simd
+from .base import GROUPED
+from .pool import Pool, usable_cores
+
+_ROUNDING = {"float32": 0, "float16": 1, "bfloat16": 2}
+_TABLE = 32  # entries of a lookup table
+
+
+def _address(array: np.ndarray) -> int:
+    return int(array.__array_interface__["data"][0])
+
+
+def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Zeroed memory that starts at a cache line."""
+    nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    raw = np.zeros(nbytes + 64, np.uint8)
+    start = -_address(raw) % 64
+    return raw[start : start + nbytes].view(dtype).reshape(shape)
+
+
+class _Workspace:
+    """Activations of one product as the kernels want them; shared by all products, grown when a larger one comes."""
+
+    def __init__(self) -> None:
+        self.n, self.blocks = 0, 0
+
+    def reserve(self, n: int, width: int) -> None:
+        blocks = -(-width // 160) * 2  # both 80 and 32 divide 160: whole superblocks, whole q8 groups
+        if n <= self.n and blocks <= self.blocks:
+            return
+        self.n, self.blocks = max(n, self.n), max(blocks, self.blocks)
+        self.padded = _aligned((self.n, self.blocks * mm.BLOCK), np.float32)
+        self.quants = _aligned((self.blocks, self.n, mm.BLOCK), np.int8)
+        self.sums = _aligned((self.blocks, self.n, 5), np.int32)
+        self.scales = _aligned((self.blocks, self.n), np.float32)
+        self.addresses = (
+            _address(self.padded),
+            self.padded.strides[0],
+            _address(self.quants),
+            _address(self.sums),
+            _address(self.scales),
+        )
+
+
+class _Job:
+    """The words that one matmul task reads, for the matrices of one codec; a call changes only a few of them."""
+
+    def __init__(self, task: int, tensors: Sequence[Tensor], biases: Sequence[np.ndarray | None]) -> None:
+        self.task, self.units = task, 0
+        self.words = np.zeros(mm.HEAD + mm.MATRIX * len(tensors), np.int64)
+        self.base = _address(self.words)
+        self.words[mm.WIDTH], self.words[mm.MATRICES] = tensors[0].shape[1], len(tensors)
+        self.matrices = [self.words[mm.HEAD + mm.MATRIX * i :][: mm.MATRIX] for i in range(len(tensors))]
+        self._keep: list[Any] = [tensors, biases]  # what the addresses point to
+        for words, tensor, bias in zip(self.matrices, tensors, biases, strict=True):
+            words[mm.FIRST], words[mm.OUTPUTS] = self.units, tensor.shape[0]
+            words[mm.OUT_STRIDE] = tensor.shape[0] * 4
+            words[mm.BIAS] = self._pin(bias) if bias is not None else 0
+            words[mm.ROUND] = _ROUNDING[tensor.params.get("dtype", "float32")]
+            self._describe(words, tensor)
+            self.units += -(-tensor.shape[0] // mm.UNIT_ROWS)
+
+    def _pin(self, array: np.ndarray) -> int:
+        self._keep.append(array)
+        return _address(array)
+
+    def _table(self, values: np.ndarray) -> int:
+        table = _aligned((_TABLE,), np.float32)
+        table[: len(values)] = values
+        return self._pin(table)
+
+    def _describe(self, words: np.ndarray, tensor: Tensor) -> None:
+        """Fill in what depends on the codec."""
+        parts, params = tensor.parts, tensor.params
+        if tensor.codec in GROUPED:
+            words[mm.DATA], words[mm.TABLE] = _address(parts["blocks"]), self._table(parts["units"])
+        elif tensor.codec == "nf4":
+            words[mm.DATA], words[mm.TABLE] = _address(parts["codes"]), self._table(parts["levels"])
+            words[mm.AUX], words[mm.BLOCK_SIZE] = _address(parts["absmax"]), params["block"]
+            if params["nested_block"]:
+                words[mm.AUX2] = _address(parts["nested_absmax"])
+                nested = np.zeros(4 + 256, np.float32)  # block size as int64, offset, padding, 256 levels
+                nested[:2].view(np.int64)[0] = params["nested_block"]
+                nested[2], nested[4:] = parts["offset"][0], parts["nested_levels"]
+                words[mm.AUX3] = self._pin(nested)
+        else:
+            words[mm.DATA] = _address(parts["values"])
+            words[mm.AUX] = _address(parts["scales"]) if tensor.codec == "q8" else 0
+
+
+class NumbaLinear:
+    """Matrices of equal width, one job for each codec among them."""
+
+    def __init__(self, kernels: NumbaKernels, tensors: Sequence[Tensor], biases: Sequence[np.ndarray | None]) -> None:
+        self.nbytes = sum(t.nbytes for t in tensors)
+        self._kernels, self._width = kernels, tensors[0].shape[1]
+        self._int8 = kernels.int8 and any(t.codec in GROUPED for t in tensors)
+        if any(t.shape[1] != self._width for t in tensors):
+            raise ValueError(f"matrices of different widths cannot share activations: {[t.name for t in tensors]}")
+        by_task: dict[int, list[int]] = {}
+        for i, tensor in enumerate(tensors):
+            by_task.setdefault(_task_address(tensor, kernels.int8), []).append(i)
+        self._jobs = [
+            (_Job(task, [tensors[i] for i in which], [biases[i] for i in which]), which)
+            for task, which in by_task.items()
+        ]
+
+    def __call__(self, x: np.ndarray, outs: Sequence[np.ndarray], add: bool = False) -> None:
+        n, space, pool = len(x), self._kernels.workspace, self._kernels.pool
+        space.reserve(n, self._width)
+        for i, (job, which) in enumerate(self._jobs):
+            words = job.words
+            words[mm.N], words[mm.X], words[mm.X_STRIDE] = n, _address(x), x.strides[0]
+            words[mm.PADDED : mm.SCALES + 1] = space.addresses
+            words[mm.INT8], words[mm.ADD] = self._int8, add
+            for matrix, k in zip(job.matrices, which, strict=True):
+                matrix[mm.OUT] = _address(outs[k])
+            if i == 0:
+                pool.run(self._kernels.pack_task, job.base, n)
+            pool.run(job.task, job.base, job.units)
+
+
+def _task_address(tensor: Tensor, int8: bool) -> int:
+    if tensor.codec in GROUPED:
+        return mm.TRIT_TASKS[int8][int(tensor.codec[4:]) - 1].address
+    nested = tensor.codec == "nf4" and tensor.params["nested_block"]
+    return mm.DENSE_TASKS["nf4_nested" if nested else tensor.codec].address
+
+
+class NumbaKernels:
+    """See `Kernels` for the contracts."""
+
+    name = "numba"
+
+    def __init__(self, n_threads: int | None = None, int8: bool = True) -> None:
+        self.int8 = int8
+        self.pool = Pool(n_threads or usable_cores())
+        self.workspace = _Workspace()
+        self.pack_task = mm.pack_activations.address
+        self._norm_job = np.zeros(5, np.int64)
+        self._glu_job = np.zeros(3, np.int64)
+        self._attention_job = np.zeros(layers.AT_WORDS, np.int64)
+        self._keep: Any = None
+
+    def describe(self) -> str:
+        features = simd.cpu_features()
+        known = ("avx512vnni", "avxvnni", "avx512f", "avx2", "dotprod", "neon")
+        best = next((name for name in known if name in features), "plain vectors")
+        return f"numba {numba.__version__} ({best}), {self.pool.n_threads} threads"
+
+    def linear(self, tensors: Sequence[Tensor], biases: Sequence[np.ndarray | None]) -> NumbaLinear:
+        return NumbaLinear(self, tensors, biases)
+
+    def rmsnorm(self, x: np.ndarray, gain: np.ndarray, eps: float, out: np.ndarray) -> None:
+        job = self._norm_job
+        job[:4] = _address(x), _address(gain), _address(out), x.shape[1]
+        job[layers.NORM_EPS :].view(np.float32)[0] = eps
+        self.pool.run(layers.rmsnorm.address, _address(job), len(x))
+
+    def swiglu(self, gate: np.ndarray, up: np.ndarray) -> None:
+        job = self._glu_job
+        job[:] = _address(gate), _address(up), gate.shape[1]
+        self.pool.run(layers.swiglu.address, _address(job), len(gate))
+
+    def rope_append(
+        self,
+        q: np.ndarray,
+        q_sink: np.ndarray,
+        k: np.ndarray,
+        v: np.ndarray,
+        turns: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray],
+        ring: KVRing,
+        layer: int,
+    ) -> None:
+        job = self._attend_to(q, q_sink, ring, layer)
+        job[layers.AT_K], job[layers.AT_V] = _address(k), _address(v)
+        job[layers.AT_COS : layers.AT_SIN_SINK + 1] = [_address(part) for part in turns]
+        self.pool.run(layers.rope_append.address, _address(job), len(q))
+
+    def attention(self, q: np.ndarray, q_sink: np.ndarray, ring: KVRing, layer: int, out: np.ndarray) -> None:
+        job = self._attend_to(q, q_sink, ring, layer)
+        job[layers.AT_OUT] = _address(out)
+        self.pool.run(layers.attention.address, _address(job), len(q) * ring.config.n_kv_heads)
+
+    def _attend_to(self, q: np.ndarray, q_sink: np.ndarray, ring: KVRing, layer: int) -> np.ndarray:
+        job, config = self._attention_job, ring.config
+        job[: layers.AT_Q] = (
+            len(q),
+            config.n_heads,
+            config.n_kv_heads,
+            config.head_dim,
+            ring.padded,
+            ring.slots,
+            ring.sinks,
+            ring.capacity,
+            ring.length,
+        )
+        job[layers.AT_Q], job[layers.AT_Q_SINK] = _address(q), _address(q_sink)
+        job[layers.AT_KEYS] = _address(ring.layers[layer].keys)
+        job[layers.AT_VALUES] = _address(ring.layers[layer].values)
+        job[layers.AT_SCALE :].view(np.float32)[0] = 1 / math.sqrt(config.head_dim)
+        return job
+
+    def close(self) -> None:
+        self.pool.close()

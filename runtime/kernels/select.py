@@ -1,0 +1,41 @@
+"""Choose the backend, once, from an argument or from TRIT_BACKEND."""
+
+from __future__ import annotations
+
+import os
+
+from ..errors import BackendError
+from .base import Kernels
+
+BACKENDS = ("auto", "native", "numba", "numpy")
+
+
+def get_kernels(backend: str = "auto", n_threads: int | None = None, int8: bool = True) -> Kernels:
+    """Make the kernels of one backend.
+
+    backend: "auto" takes TRIT_BACKEND if that is set, else the fastest that works here
+    n_threads: None for the cores that this process may use
+    int8: products of trit matrices round their activations to int8 blocks; False keeps them float32
+    Raises BackendError if a backend that was asked for by name cannot be had.
+    """
+    if backend == "auto":
+        backend = os.environ.get("TRIT_BACKEND") or "auto"
+    if backend not in BACKENDS:
+        raise BackendError(f"there is no backend {backend!r}; there are {', '.join(BACKENDS)}")
+    if n_threads is not None and n_threads < 1:
+        raise BackendError(f"n_threads is {n_threads}; it must be 1 or more")
+    if backend == "native":
+        raise BackendError("the backend 'native' is not part of this version; use numba or numpy")
+    if backend == "numpy":
+        from .numpy_backend import NumpyKernels
+
+        return NumpyKernels(n_threads, int8)
+    try:
+        from .numba_backend import NumbaKernels
+    except ImportError as error:
+        if backend == "numba":
+            raise BackendError(f"the backend 'numba' cannot be had: {error}") from error
+        from .numpy_backend import NumpyKernels
+
+        return NumpyKernels(n_threads, int8)
+    return NumbaKernels(n_threads, int8)
