@@ -7,13 +7,14 @@ table: weights (out, in), rows of wq and wk in half-split order. `config` is the
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[np.float64]
+Stored = Callable[[Array], Array]
 
 
 def frequencies(config: Mapping[str, Any]) -> Array:
@@ -54,7 +55,14 @@ def linear(weights: Mapping[str, Array], name: str, x: Array) -> Array:
     return out if bias is None else out + bias
 
 
-def attention(q: Array, k: Array, v: Array, freq: Array, capacity: int | None, sinks: int) -> Array:
+def half(x: Array) -> Array:
+    """Round as a cache in float16 does."""
+    return x.astype(np.float16).astype(np.float64)
+
+
+def attention(
+    q: Array, k: Array, v: Array, freq: Array, capacity: int | None, sinks: int, stored: Stored
+) -> Array:
     """Attend causally; with a capacity, to the sinks and the newest tokens only, as StreamingLLM does.
 
     q: (n, n_heads, head_dim), k, v: (n, n_kv_heads, head_dim) not yet rotated, out: (n, n_heads * head_dim)
@@ -66,7 +74,7 @@ def attention(q: Array, k: Array, v: Array, freq: Array, capacity: int | None, s
     group = n_heads // k.shape[1]
     k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
     dropped = np.zeros(n) if capacity is None else np.maximum(position + 1 - capacity, 0)
-    keys = rotate(k, position, freq)
+    keys, v = stored(rotate(k, position, freq)), stored(v)
     scores = np.einsum("qhd,khd->hqk", rotate(q, position, freq), keys)
     scores[:, :, :sinks] = np.einsum("qhd,khd->hqk", rotate(q, position - dropped, freq), keys[:sinks])
     visible = position[None, :] <= position[:, None]
@@ -81,8 +89,11 @@ def forward(
     ids: Sequence[int],
     capacity: int | None = None,
     sinks: int = 4,
+    stored: Stored = half,
 ) -> Array:
-    """Return the logits of every position, from a fresh context. out: (n, vocab_size)"""
+    """Return the logits of every position, from a fresh context. out: (n, vocab_size)
+
+    stored: what a cache does to rotated keys and to values; the default is that of the f16 ring."""
     n, eps, freq = len(ids), config["norm_eps"], frequencies(config)
     x = weights["tok_embeddings"][np.asarray(ids)]
     for i in range(config["n_layers"]):
@@ -91,7 +102,7 @@ def forward(
         q = linear(weights, layer + "wq", h).reshape(n, config["n_heads"], -1)
         k = linear(weights, layer + "wk", h).reshape(n, config["n_kv_heads"], -1)
         v = linear(weights, layer + "wv", h).reshape(n, config["n_kv_heads"], -1)
-        x = x + linear(weights, layer + "wo", attention(q, k, v, freq, capacity, sinks))
+        x = x + linear(weights, layer + "wo", attention(q, k, v, freq, capacity, sinks, stored))
         h = rms_norm(x, weights[layer + "ffn_norm"], eps)
         gate, up = linear(weights, layer + "w1", h), linear(weights, layer + "w3", h)
         x = x + linear(weights, layer + "w2", gate / (1 + np.exp(-gate)) * up)

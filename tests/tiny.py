@@ -41,7 +41,7 @@ def random_weights(config: Mapping[str, Any], seed: int = 1) -> dict[str, np.nda
             centre = 1.0 if name.endswith("norm") else 0.0
             weights[name] = (centre + 0.1 * rng.standard_normal(shape)).astype(np.float32)
         else:
-            weights[name] = (rng.standard_normal(shape) * 1.5 / np.sqrt(shape[1])).astype(np.float32)
+            weights[name] = (rng.standard_normal(shape) / np.sqrt(shape[1])).astype(np.float32)
     return weights
 
 
@@ -52,17 +52,19 @@ def write_trit(
     embed: str = "f16",
     weights: Mapping[str, np.ndarray] | None = None,
     options: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a model without a tokenizer: `codec` for the layers' matrices, `embed` for the other ones."""
     config = {**CONFIG, **(config or {})}
     weights = random_weights(config) if weights is None else weights
-    metadata = {
+    header = {
         "config": config, "tokenizer": NO_TOKENIZER, "generation": {},
         "chat": {"format": None, "template": None, "system": None},
         "licence": {"name": None, "llama": False},
         "source": {"name": "tiny", "files": [], "converter": "tests", "options": codec},
+        **(metadata or {}),
     }  # fmt: skip
-    with TritWriter(path, metadata, list(weights)) as writer:
+    with TritWriter(path, header, list(weights)) as writer:
         for name, values in weights.items():
             kind = codec if name.endswith(MATRICES) else embed if values.ndim == 2 else "f32"
             params, parts = CODECS[kind].quantize(values, **(options or {} if kind == codec else {}))

@@ -41,7 +41,6 @@ def dispatch(argv: Sequence[str]) -> int:
     if name not in COMMANDS:
         raise UserError(f"unknown command {name!r}; there are {', '.join(COMMANDS)} (see trit --help)")
     module = importlib.import_module(COMMANDS[name][0])
-    sys.argv[0] = f"trit {name}"  # the name that argparse shows
     code: int = module.main(rest)
     return code
 

@@ -1,0 +1,28 @@
+"""How many bytes a model takes in memory, and how many it reads for each token."""
+
+from __future__ import annotations
+
+from formats.container import TritFile
+
+from .cache import KVRing
+from .config import ModelConfig
+
+
+def weight_bytes(file: TritFile) -> int:
+    """Bytes of all tensors but the tokenizer's."""
+    return sum(t.nbytes for t in file.tensors.values() if not t.name.startswith("tokenizer."))
+
+
+def weight_bytes_per_token(file: TritFile, config: ModelConfig) -> int:
+    """Bytes of weights that decoding a token reads: all, but of untied embeddings only one row."""
+    total = weight_bytes(file)
+    if not config.tied_embeddings:
+        embeddings = file.tensors["tok_embeddings"]
+        total -= embeddings.nbytes - embeddings.nbytes // embeddings.shape[0]
+    return total
+
+
+def kv_bytes_per_token(config: ModelConfig) -> int:
+    """Bytes of keys and values that the ring keeps of one token, in the codec f16."""
+    ring = KVRing(config, 2, chunk=1, sinks=0)
+    return ring.nbytes // ring.slots

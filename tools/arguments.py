@@ -1,0 +1,51 @@
+"""Arguments that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+
+BACKENDS = ("auto", "native", "numba", "numpy")
+ACTIVATIONS = ("int8", "f32")
+
+
+def positive(text: str) -> int:
+    """Read a whole number of at least 1, for argparse."""
+    return _at_least(text, 1)
+
+
+def natural(text: str) -> int:
+    """Read a whole number of at least 0, for argparse."""
+    return _at_least(text, 0)
+
+
+def positive_list(text: str) -> list[int]:
+    """Read numbers of at least 1 with commas between them, for argparse."""
+    return [_at_least(part, 1) for part in text.split(",")]
+
+
+def natural_list(text: str) -> list[int]:
+    """Read numbers of at least 0 with commas between them, for argparse."""
+    return [_at_least(part, 0) for part in text.split(",")]
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, threads: bool = True) -> None:
+    """Add the model and how to run it; without `threads` the command defines -t itself."""
+    parser.add_argument("model", metavar="FILE.trit", help="the model")
+    if threads:
+        parser.add_argument(
+            "-t", "--threads", type=positive, metavar="N", help="threads (default: all cores allowed)"
+        )
+    parser.add_argument("--backend", choices=BACKENDS, default="auto", help="kernels to run on (auto)")
+    parser.add_argument(
+        "--activations", choices=ACTIVATIONS, default="int8", help="int8: fast (default); f32: exact"
+    )
+
+
+def _at_least(text: str, least: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+    if value < least:
+        raise argparse.ArgumentTypeError(f"{value} is less than {least}")
+    return value

@@ -1,0 +1,174 @@
+"""python -m tools.bench: tokens per second, for prompts (pp) and generation (tg), beside the speed of memory.
+
+The settings are llama-bench's: `-p 512 -n 128 -d DEPTH -r REPEATS -t THREADS`; lists have commas (`-t 1,2`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from formats.container import open_trit
+from formats.version import __version__
+from runtime import benchmark
+from runtime.cli import ArgumentParser, UserError, run
+from runtime.config import ModelConfig
+from runtime.model import Model
+from runtime.sizes import kv_bytes_per_token, weight_bytes_per_token
+from tools.arguments import add_model_arguments, natural_list, positive, positive_list
+
+GIGA = 1e9
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of this command to a parser."""
+    add_model_arguments(parser, threads=False)
+    parser.add_argument(
+        "-p", "--n-prompt", type=natural_list, default=[512], metavar="N", help="prompt tokens (512)"
+    )
+    parser.add_argument(
+        "-n", "--n-gen", type=natural_list, default=[128], metavar="N", help="tokens generated (128)"
+    )
+    parser.add_argument(
+        "-d",
+        "--n-depth",
+        type=natural_list,
+        default=[0],
+        metavar="N",
+        help="tokens in the context before (0)",
+    )
+    parser.add_argument(
+        "-t", "--threads", type=positive_list, metavar="N", help="threads (default: all cores allowed)"
+    )
+    parser.add_argument(
+        "-r", "--repetitions", type=positive, default=5, metavar="N", help="repeats of each test (5)"
+    )
+    parser.add_argument("--json", action="store_true", help="print a JSON list, one object per setting")
+
+
+def check_lengths(args: argparse.Namespace) -> None:
+    """Raise UserError where a setting does not fit the model, before that is made ready."""
+    longest = max(args.n_depth) + max(*args.n_prompt, *args.n_gen)
+    with open_trit(args.model) as file:
+        context = ModelConfig.from_dict(file.config, file.path).max_seq_len
+    if longest > context:
+        raise UserError(f"-d, -p and -n need {longest} tokens, but the model's context has {context}")
+    if not max(args.n_prompt) and not max(args.n_gen):
+        raise UserError("-p 0 and -n 0 leave nothing to measure")
+
+
+def measure(model: Model, threads: int, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Run every combination of depth, prompt and generation lengths with one model."""
+    bandwidth = benchmark.read_bandwidth(threads)
+    about = describe(model, threads, args)
+    found = []
+    done: dict[tuple[str, int, int], benchmark.Speed | None] = {}
+    for depth, n_prompt, n_gen in itertools.product(args.n_depth, args.n_prompt, args.n_gen):
+        for what, n, timed in (
+            ("pp", n_prompt, benchmark.prefill_speed),
+            ("tg", n_gen, benchmark.decode_speed),
+        ):
+            if (what, n, depth) not in done:
+                done[what, n, depth] = timed(model, n, depth, args.repetitions) if n else None
+        found.append(
+            about
+            | {
+                "pp": as_json(done["pp", n_prompt, depth], n_prompt, depth),
+                "tg": as_json(done["tg", n_gen, depth], n_gen, depth),
+                "read_gb_s": bandwidth / GIGA,
+            }
+            | traffic(model, done["tg", n_gen, depth], n_gen, depth, bandwidth)
+        )
+    return found
+
+
+def as_json(speed: benchmark.Speed | None, n: int, depth: int) -> dict[str, Any] | None:
+    """Give the object under "pp" or "tg"; None for a test that was not wanted."""
+    return None if speed is None else {"n": n, "depth": depth, "tok_s": speed.tok_s, "std": speed.std}
+
+
+def traffic(
+    model: Model, speed: benchmark.Speed | None, n_gen: int, depth: int, bandwidth: float
+) -> dict[str, Any]:
+    """Tell what decoding one token reads, and how near to the speed of memory that comes."""
+    weights = weight_bytes_per_token(model.file, model.config)
+    total = weights + kv_bytes_per_token(model.config) * (depth + n_gen // 2)
+    per_second = 0.0 if speed is None else total * speed.tok_s
+    return {
+        "bytes_per_token": total, "weight_bytes_per_token": weights,
+        "tg_gb_s": per_second / GIGA if speed else None,
+        "tg_fraction": per_second / bandwidth if speed else None,
+    }  # fmt: skip
+
+
+def describe(model: Model, threads: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Tell what was measured on what, so that the figures can be repeated."""
+    path = Path(args.model)
+    return {
+        "model": path.name, "model_bytes": path.stat().st_size, "fingerprint": model.file.fingerprint,
+        "backend": model.kernels.name, "kernels": model.kernels.describe(), "activations": args.activations,
+        "threads": threads, "cpu": benchmark.cpu_name(), "repetitions": args.repetitions,
+        "versions": {"tritllama": __version__, "python": platform.python_version(),
+                     "numpy": metadata.version("numpy"), "numba": metadata.version("numba")},
+    }  # fmt: skip
+
+
+def show(results: list[dict[str, Any]]) -> None:
+    """Print a table in Markdown, one line per test."""
+    first = results[0]
+    print(f"{first['cpu']}; {first['kernels']}; activations {first['activations']}\n")
+    print("| model | MB | backend | threads | test | tok/s | GB/s | of memory's GB/s |")
+    print("|---|---|---|---|---|---|---|---|")
+    seen = set()
+    for result in results:
+        name, size = result["model"], result["model_bytes"] / 1e6
+        start = f"| {name} | {size:.0f} | {result['backend']} | {result['threads']} |"
+        for what in ("pp", "tg"):
+            test = result[what]
+            if test is None:
+                continue
+            label = f"{what}{test['n']}" + (f" @ d{test['depth']}" if test["depth"] else "")
+            rate = f"{test['tok_s']:.2f} ± {test['std']:.2f}"
+            memory = "|"
+            if what == "tg":
+                memory = f"{result['tg_gb_s']:.1f} | {result['tg_fraction']:.0%} of {result['read_gb_s']:.1f}"
+            line = f"{start} {label} | {rate} | {memory} |"
+            if line not in seen:
+                print(line)
+            seen.add(line)
+
+
+def command(argv: Sequence[str]) -> int:
+    """Parse the arguments, measure, print."""
+    parser = ArgumentParser(prog="tools.bench", description="Measure the speed of a model.")
+    add_arguments(parser)
+    args = parser.parse_args(argv)
+    check_lengths(args)
+    results: list[dict[str, Any]] = []
+    for asked in args.threads or [None]:
+        model = Model.load(args.model, backend=args.backend, n_threads=asked, activations=args.activations)
+        try:
+            results += measure(model, benchmark.thread_count(model, asked), args)
+        finally:
+            model.close()
+    if args.json:
+        print(json.dumps(results, indent=1))
+    else:
+        show(results)
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    return run(command, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,211 @@
+"""python -m tools.inspect: show what is in a .trit file, verify it, or print its chat template."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from formats import open_trit
+from formats.container import TritFile
+from runtime.cli import ArgumentParser, UserError, one_line, run
+from runtime.config import ModelConfig
+from runtime.progress import Bar
+from runtime.sizes import kv_bytes_per_token, weight_bytes
+
+LAYER = re.compile(r"^layers\.\d+\.")
+SHORT_TEXT = 200
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of this command to a parser."""
+    parser.add_argument("model", metavar="FILE.trit", help="the file")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--tensors", action="store_true", help="list every tensor, not one line per kind")
+    parser.add_argument(
+        "--verify", action="store_true", help="read and check everything; exit code 2 on damage"
+    )
+    parser.add_argument("--template", action="store_true", help="print the chat template and nothing else")
+
+
+def codec_totals(file: TritFile) -> dict[str, dict[str, Any]]:
+    """Sum up the model's tensors by codec; the tokenizer's byte tensors have no weights."""
+    totals: dict[str, dict[str, Any]] = {}
+    for tensor in file.tensors.values():
+        entry = totals.setdefault(tensor.codec, {"tensors": 0, "weights": 0, "bytes": 0})
+        entry["tensors"] += 1
+        entry["weights"] += 0 if tensor.name.startswith("tokenizer.") else math.prod(tensor.shape)
+        entry["bytes"] += tensor.nbytes
+    for entry in totals.values():
+        entry["bpw"] = 8 * entry["bytes"] / entry["weights"] if entry["weights"] else None
+    return totals
+
+
+def memory(file: TritFile) -> dict[str, int]:
+    """Tell what running the model takes, in bytes; the KV figures are those of the codec f16."""
+    config = ModelConfig.from_dict(file.config, file.path)
+    weights = weight_bytes(file)
+    per_token = kv_bytes_per_token(config)
+    full = per_token * config.max_seq_len
+    return {
+        "weights": weights, "kv_bytes_per_token": per_token, "kv_full_context": full,
+        "total_full_context": weights + full,
+    }  # fmt: skip
+
+
+def about_tokenizer(file: TritFile) -> dict[str, Any]:
+    """Give the tokenizer's entry without its tables."""
+    known = {key: file.tokenizer.get(key) for key in ("type", "bos_id", "eos_ids", "add_bos")}
+    data = sum(t.nbytes for t in file.tensors.values() if t.name.startswith("tokenizer."))
+    return known | {"special": len(file.tokenizer.get("special", {})), "bytes": data}
+
+
+def about_chat(file: TritFile) -> dict[str, Any]:
+    """Give the chat entry with the length of the template in its place."""
+    chat = file.header.get("chat") or {}
+    return {
+        "format": chat.get("format"), "system": chat.get("system"),
+        "template_chars": len(chat.get("template") or ""),
+    }  # fmt: skip
+
+
+def describe(file: TritFile) -> dict[str, Any]:
+    """Give the object that --json prints."""
+    header = file.header
+    return {
+        "file": file.path, "bytes": file.size, "fingerprint": file.fingerprint,
+        "config": header["config"], "tokenizer": about_tokenizer(file), "chat": about_chat(file),
+        "generation": header.get("generation"), "licence": header.get("licence"),
+        "source": header.get("source"),
+        "codecs": codec_totals(file), "memory": memory(file),
+        "tensors": [
+            {"name": t.name, "codec": t.codec, "shape": list(t.shape), "nbytes": t.nbytes,
+             "params": dict(t.params)}
+            for t in file.tensors.values()
+        ],
+    }  # fmt: skip
+
+
+def kinds(file: TritFile, every: bool = False) -> list[tuple[str, int, str, str, int]]:
+    """Group tensors that differ only in their layer, unless `every`: (name, count, codec, shape, bytes)."""
+    groups: dict[tuple[str, str, str], list[int]] = {}
+    for t in file.tensors.values():
+        name = t.name if every else LAYER.sub("layers.*.", t.name)
+        key = (name, t.codec, " x ".join(map(str, t.shape)))
+        groups.setdefault(key, []).append(t.nbytes)
+    return [(name, len(sizes), codec, shape, sum(sizes)) for (name, codec, shape), sizes in groups.items()]
+
+
+def size(n: float) -> str:
+    """Write a number of bytes for people."""
+    for unit in ("B", "kB", "MB"):
+        if n < 1000:
+            return f"{n:.3g} {unit}" if n < 100 or unit == "B" else f"{n:.0f} {unit}"
+        n /= 1000
+    return f"{n:.2f} GB"
+
+
+def table(rows: Iterable[Sequence[object]], right: Iterable[int]) -> list[str]:
+    """Align columns; `right` names those of numbers."""
+    cells = [[one_line(str(cell)) for cell in row] for row in rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    aligned = set(right)
+    align = [str.rjust if i in aligned else str.ljust for i in range(len(widths))]
+    return ["  ".join(f(c, w) for f, c, w in zip(align, row, widths, strict=True)).rstrip() for row in cells]
+
+
+def fact(name: str, value: object) -> str:
+    """Write one line of facts: text from the file must neither drive the terminal nor flood it."""
+    text = one_line(str(value))
+    return f"{name:<12} {text if len(text) <= SHORT_TEXT else text[:SHORT_TEXT] + ' ...'}"
+
+
+def facts(found: dict[str, Any]) -> list[str]:
+    """Write the lines above the tables."""
+    c, tokenizer, chat, source = found["config"], found["tokenizer"], found["chat"], found["source"] or {}
+    rope = c["rope_scaling"]["type"] if c.get("rope_scaling") else "none"
+    lines = [
+        fact("file", f"{found['file']}  {size(found['bytes'])}  fingerprint {found['fingerprint']}"),
+        fact("model", f"{c['architecture']}, {c['n_layers']} layers, dim {c['dim']}, "
+                      f"hidden {c['hidden_dim']}, {c['n_heads']}/{c['n_kv_heads']} heads of {c['head_dim']}, "
+                      f"vocabulary {c['vocab_size']}"),
+        fact("context", f"{c['max_seq_len']} tokens, rope theta {c['rope_theta']:g}, scaling {rope}"),
+        fact("tokenizer", f"{tokenizer['type']}, bos {tokenizer['bos_id']}, end {tokenizer['eos_ids']}"),
+        fact("chat", f"format {chat['format']}, template of {chat['template_chars']} characters"),
+        fact("licence", (found["licence"] or {}).get("name")),
+        fact("source", f"{source.get('name')}, {source.get('converter')}, {source.get('options')}"),
+    ]  # fmt: skip
+    for entry in source.get("files", []):
+        name, n, digest = entry.get("name"), entry.get("bytes"), entry.get("sha256")
+        lines.append(fact("", f"{name}  {n} bytes  sha256 {digest}"))
+    return lines
+
+
+def show(found: dict[str, Any], rows: Sequence[tuple[str, int, str, str, int]]) -> None:
+    """Print a file for people."""
+    print("\n".join(facts(found)), end="\n\n")
+    heads: list[Sequence[object]] = [("codec", "tensors", "weights", "bytes", "bits/weight")]
+    for name, entry in found["codecs"].items():
+        bpw = "-" if entry["bpw"] is None else f"{entry['bpw']:.2f}"
+        heads.append((name, entry["tensors"], entry["weights"], size(entry["bytes"]), bpw))
+    print("\n".join(table(heads, (1, 2, 3, 4))), end="\n\n")
+    lines: list[Sequence[object]] = [("tensor", "count", "codec", "shape", "bytes")]
+    lines += [(name, count, codec, shape, size(n)) for name, count, codec, shape, n in rows]
+    print("\n".join(table(lines, (1, 4))), end="\n\n")
+    m, ctx = found["memory"], found["config"]["max_seq_len"]
+    print(fact("memory", f"weights {size(m['weights'])}, KV (f16) {size(m['kv_bytes_per_token'])} per token, "
+                         f"{size(m['kv_full_context'])} for {ctx} tokens, "
+                         f"together {size(m['total_full_context'])}"))  # fmt: skip
+
+
+def verify(file: TritFile) -> None:
+    """Check every byte of a file. Raises UserError naming the first problem and how many there are."""
+    with Bar("verify") as bar:
+        problems = list(file.problems(bar))
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise UserError(f"{problems[0]}{more}")
+
+
+def command(argv: Sequence[str]) -> int:
+    """Parse the arguments, open the file, print."""
+    parser = ArgumentParser(prog="tools.inspect", description="Show or verify what is in a .trit file.")
+    add_arguments(parser)
+    args = parser.parse_args(argv)
+    with open_trit(args.model) as file:
+        if args.template:
+            template = (file.header.get("chat") or {}).get("template")
+            if not template:
+                raise UserError(f"{args.model}: the file has no chat template")
+            print("\n".join(one_line_keeping_spaces(line) for line in template.split("\n")))
+            return 0
+        if args.verify:
+            verify(file)
+        found = describe(file)
+        if args.json:
+            print(json.dumps(found | ({"verified": True} if args.verify else {})))
+        elif args.verify:
+            print(f"{args.model}: {len(file.tensors)} tensors, {found['bytes']} bytes, no damage found")
+        elif args.tensors:
+            show(found, kinds(file, every=True))
+        else:
+            show(found, kinds(file))
+    return 0
+
+
+def one_line_keeping_spaces(line: str) -> str:
+    """Make control characters visible and leave the rest as it is."""
+    return "\t".join(one_line(part) if not part.isprintable() else part for part in line.split("\t"))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    return run(command, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
