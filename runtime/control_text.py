@@ -1,0 +1,69 @@
+"""Finding the tokens that are searched for in the text: control tokens if asked for, and added tokens."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+
+# White_Space of Unicode: str.strip() without arguments takes the separators U+001C to U+001F too.
+WHITE_SPACE = (
+    "\t\n\v\f\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
+    "\u2028\u2029\u202f\u205f\u3000"
+)
+_SPACES = re.compile(f"[{WHITE_SPACE}]*")
+
+
+class ControlText:
+    """Splits a text at these tokens, as `tokenizers` does: leftmost first, of several there the longest.
+
+    special, added: text -> id; strip_left, strip_right: ids that take the white space beside them along;
+    match_last: ids that are searched for in what the others leave
+    """
+
+    def __init__(
+        self,
+        special: Mapping[str, int],
+        added: Mapping[str, int],
+        strip_left: Collection[int] = (),
+        strip_right: Collection[int] = (),
+        match_last: Collection[int] = (),
+    ) -> None:
+        self._special, self._added = special, added
+        self._strip_left, self._strip_right = frozenset(strip_left), frozenset(strip_right)
+        self._last = frozenset(match_last)
+        self._passes: dict[bool, list[tuple[re.Pattern[str], dict[str, int]]]] = {}
+
+    def split(self, text: str, special: bool) -> list[str | int]:
+        """Cut a text into plain texts and ids; special: whether control tokens are parsed too."""
+        if special not in self._passes:
+            self._passes[special] = self._compile({**self._added, **(self._special if special else {})})
+        parts: list[str | int] = [text] if text else []
+        for pattern, ids in self._passes[special]:
+            cut = (self._cut(p, pattern, ids) if isinstance(p, str) else [p] for p in parts)
+            parts = [piece for pieces in cut for piece in pieces]
+        return parts
+
+    def _compile(self, ids: Mapping[str, int]) -> list[tuple[re.Pattern[str], dict[str, int]]]:
+        first = {text: i for text, i in ids.items() if i not in self._last}
+        last = {text: i for text, i in ids.items() if i in self._last}
+        return [(_any_of(group), group) for group in (first, last) if group]
+
+    def _cut(self, text: str, pattern: re.Pattern[str], ids: Mapping[str, int]) -> list[str | int]:
+        out: list[str | int] = []
+        done = 0
+        for match in pattern.finditer(text):
+            token, (start, stop) = ids[match[0]], match.span()
+            before = text[done:start]
+            if token in self._strip_left:
+                before = before.rstrip(WHITE_SPACE)
+            if token in self._strip_right:
+                stop = _SPACES.match(text, stop).end()  # type: ignore[union-attr]  # it matches nothing too
+            if before:
+                out.append(before)
+            out.append(token)
+            done = stop
+        return [*out, text[done:]] if done < len(text) else out
+
+
+def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))))
