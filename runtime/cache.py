@@ -19,11 +19,12 @@ from .config import ModelConfig
 from .errors import CacheError
 
 STATE_MAGIC = b"TRITKV1\n"
+RING_CODECS = {"f16": np.float16, "f32": np.float32}
 
 
 @dataclass(frozen=True)
 class RingLayer:
-    """keys, values: (n_kv_heads, slots, padded head_dim) float16, in C order."""
+    """keys, values: (n_kv_heads, slots, padded head_dim) of the ring's codec, in C order."""
 
     keys: np.ndarray
     values: np.ndarray
@@ -33,23 +34,28 @@ class KVRing:
     """Keys and values of the tokens that a model may look back at.
 
     capacity: tokens visible to one query; chunk: most tokens appended in one step; sinks: first tokens that stay.
+    codec: how a number is stored, "f16" or "f32" (exact)
     Raises CacheError if the numbers do not fit together.
     """
 
-    def __init__(self, config: ModelConfig, capacity: int, chunk: int = 256, sinks: int = 4) -> None:
+    def __init__(
+        self, config: ModelConfig, capacity: int, chunk: int = 256, sinks: int = 4, codec: str = "f16"
+    ) -> None:
+        if codec not in RING_CODECS:
+            raise CacheError(f"the KV ring has no codec {codec!r}; it has {', '.join(RING_CODECS)}")
         if capacity < 2:
             raise CacheError(f"the context holds {capacity} tokens; it must hold 2 or more")
         if chunk < 1:
             raise CacheError(f"a chunk has {chunk} tokens; it must have 1 or more")
         self.config, self.capacity, self.chunk = config, capacity, chunk
-        self.length = 0
-        self.sinks = sinks
+        self.codec, self.length, self.sinks = codec, 0, sinks
         # While a chunk is appended its first token must still see what its last one pushes out of the window.
         self.slots = capacity + chunk - 1
         self.padded = -(-config.head_dim // 16) * 16
         shape = (config.n_kv_heads, self.slots, self.padded)
         self.layers = [
-            RingLayer(np.zeros(shape, np.float16), np.zeros(shape, np.float16)) for _ in range(config.n_layers)
+            RingLayer(np.zeros(shape, RING_CODECS[codec]), np.zeros(shape, RING_CODECS[codec]))
+            for _ in range(config.n_layers)
         ]
 
     @property
@@ -133,19 +139,21 @@ class KVRing:
             raise CacheError(f"the saved state has {other} = {saved.get(other)}, this context has {expected[other]}")
         used = min(saved["length"], self.slots)
         shape = (self.config.n_kv_heads, used, self.padded)
-        size = int(np.prod(shape)) * 2
+        dtype = np.dtype(RING_CODECS[self.codec])
+        size = int(np.prod(shape)) * dtype.itemsize
         if len(planes) != size * 2 * len(self.layers):
             raise CacheError(f"the saved state has {len(planes)} bytes of keys and values, not {size * 2}")
         self.length = 0
         self.sinks = saved["sinks"]
         parts = [part for layer in self.layers for part in (layer.keys, layer.values)]
         for i, part in enumerate(parts):
-            part[:, :used] = np.frombuffer(planes, np.float16, size // 2, i * size).reshape(shape)
+            part[:, :used] = np.frombuffer(planes, dtype, size // dtype.itemsize, i * size).reshape(shape)
         self.length = saved["length"]
 
-    def _geometry(self) -> dict[str, int]:
+    def _geometry(self) -> dict[str, int | str]:
         config = self.config
         return {
+            "codec": self.codec,
             "n_layers": config.n_layers,
             "n_kv_heads": config.n_kv_heads,
             "head_dim": config.head_dim,

@@ -99,12 +99,14 @@ class Model:
             file.close()
             raise
 
-    def new_cache(self, n_ctx: int, sinks: int = 4, n_batch: int = 256) -> KVRing:
+    def new_cache(self, n_ctx: int, sinks: int = 4, n_batch: int = 256, kv: str = "auto") -> KVRing:
         """An empty context of n_ctx tokens; prompts are read in chunks of n_batch.
 
+        kv: the ring's codec; "auto" is f16, or f32 where activations are f32 and all else is exact
         Raises CacheError if the numbers do not fit together.
         """
-        return KVRing(self.config, n_ctx, min(n_batch, n_ctx), min(sinks, n_ctx - 1))
+        codec = ("f16" if self.kernels.int8 else "f32") if kv == "auto" else kv
+        return KVRing(self.config, n_ctx, min(n_batch, n_ctx), min(sinks, n_ctx - 1), codec)
 
     def forward(
         self,

@@ -191,12 +191,12 @@ class NumbaKernels:
         job = self._attend_to(q, q_sink, ring, layer)
         job[layers.AT_K], job[layers.AT_V] = _address(k), _address(v)
         job[layers.AT_COS : layers.AT_SIN_SINK + 1] = [_address(part) for part in turns]
-        self.pool.run(layers.rope_append.address, _address(job), len(q))
+        self.pool.run(layers.RING_TASKS[ring.codec][0].address, _address(job), len(q))
 
     def attention(self, q: np.ndarray, q_sink: np.ndarray, ring: KVRing, layer: int, out: np.ndarray) -> None:
         job = self._attend_to(q, q_sink, ring, layer)
         job[layers.AT_OUT] = _address(out)
-        self.pool.run(layers.attention.address, _address(job), len(q) * ring.config.n_kv_heads)
+        self.pool.run(layers.RING_TASKS[ring.codec][1].address, _address(job), len(q) * ring.config.n_kv_heads)
 
     def _attend_to(self, q: np.ndarray, q_sink: np.ndarray, ring: KVRing, layer: int) -> np.ndarray:
         job, config = self._attention_job, ring.config

@@ -113,18 +113,29 @@ def _rotate(source, target, cos, sin, head_dim):
 
 
 @njit(forceinline=True)
-def _append(target, slot, source, head_dim, padded, scratch):
-    """Store one head's vector as float16, padded with zeros to whole vectors."""
+def _append(wide, target, slot, source, head_dim, padded, scratch):
+    """Store one head's vector as float16 (wide: float32), padded with zeros to whole vectors."""
     for i in range(head_dim):
         simd.write_f32(scratch, i * 4, read_f32(source, i * 4))
     for i in range(head_dim, padded):
         simd.write_f32(scratch, i * 4, np.float32(0.0))
     for i in range(0, padded, 16):
-        simd.store_f32_as_f16(target, (slot * padded + i) * 2, load_f32(scratch, i * 4))
+        if wide:
+            store_f32(target, (slot * padded + i) * 4, load_f32(scratch, i * 4))
+        else:
+            simd.store_f32_as_f16(target, (slot * padded + i) * 2, load_f32(scratch, i * 4))
 
 
-@task
-def rope_append(job, token):
+@njit(forceinline=True)
+def _load(wide, plane, index):
+    """Sixteen cached numbers."""
+    if wide:
+        return load_f32(plane, index * 4)
+    return simd.load_f16_as_f32(plane, index * 2)
+
+
+@njit(forceinline=True)
+def _rope_append(wide, job, token):
     """Rotate one token's queries and keys in place and put its keys and values into the ring.
 
     Once tokens have slid out, the queries are also rotated for a position that is nearer by as many tokens: with
@@ -144,10 +155,10 @@ def rope_append(job, token):
         _rotate(q, q, cos, sin, head_dim)
     for head in range(kv_heads):
         at = (token * kv_heads + head) * head_dim * 4
-        plane = head * slots * padded * 2
+        plane = head * slots * padded * (4 if wide else 2)
         _rotate(_word(job, AT_K) + at, _word(job, AT_K) + at, cos, sin, head_dim)
-        _append(_word(job, AT_KEYS) + plane, slot, _word(job, AT_K) + at, head_dim, padded, scratch)
-        _append(_word(job, AT_VALUES) + plane, slot, _word(job, AT_V) + at, head_dim, padded, scratch)
+        _append(wide, _word(job, AT_KEYS) + plane, slot, _word(job, AT_K) + at, head_dim, padded, scratch)
+        _append(wide, _word(job, AT_VALUES) + plane, slot, _word(job, AT_V) + at, head_dim, padded, scratch)
 
 
 # ==== Attention over the ring, block by block with a running maximum and sum (Milakov and Gimelshein, 2018) ====
@@ -156,8 +167,8 @@ def rope_append(job, token):
 _QUERY, _VALUES, _MAXIMUM, _SUM, _HEAD_BYTES = 0, 2048, 4096, 4100, 4160
 
 
-@njit
-def _attend_block(job, keys, values, first, count, head, scores):
+@njit(forceinline=True)
+def _attend_block(wide, job, keys, values, first, count, head, scores):
     """Add `count` cached tokens from position `first` on to one head's running result."""
     padded, sinks, slots = _word(job, AT_PADDED), _word(job, AT_SINKS), _word(job, AT_SLOTS)
     scale = read_f32(job, AT_SCALE * 8)
@@ -166,7 +177,7 @@ def _attend_block(job, keys, values, first, count, head, scores):
     for i in range(count):
         dot = splat_f32(np.float32(0.0))
         for d in range(0, padded, 16):
-            key = simd.load_f16_as_f32(keys, (slot * padded + d) * 2)
+            key = _load(wide, keys, slot * padded + d)
             dot = fma(key, load_f32(head, _QUERY + d * 4), dot)
         simd.write_f32(scores, i * 4, simd.sum_lanes(dot) * scale)
         slot = slot + 1 if slot + 1 < slots else sinks
@@ -193,17 +204,17 @@ def _attend_block(job, keys, values, first, count, head, scores):
         total = load_f32(head, _VALUES + d * 4) * splat_f32(keep)
         slot = start
         for i in range(count):
-            value = simd.load_f16_as_f32(values, (slot * padded + d) * 2)
+            value = _load(wide, values, slot * padded + d)
             total = fma(splat_f32(read_f32(scores, i * 4)), value, total)
             slot = slot + 1 if slot + 1 < slots else sinks
         store_f32(head, _VALUES + d * 4, total)
 
 
-@njit
-def _attend(job, head, kv_head, position, query, near, out, scratch):
+@njit(forceinline=True)
+def _attend(wide, job, head, kv_head, position, query, near, out, scratch):
     """One query head at one position over all that it may see: the sinks, then the window."""
     padded, head_dim, sinks = _word(job, AT_PADDED), _word(job, AT_HEAD_DIM), _word(job, AT_SINKS)
-    plane = kv_head * _word(job, AT_SLOTS) * padded * 2
+    plane = kv_head * _word(job, AT_SLOTS) * padded * (4 if wide else 2)
     keys, values = _word(job, AT_KEYS) + plane, _word(job, AT_VALUES) + plane
     zero = splat_f32(np.float32(0.0))
     for d in range(0, padded, 16):
@@ -216,20 +227,20 @@ def _attend(job, head, kv_head, position, query, near, out, scratch):
     scores = scratch + _HEAD_BYTES
     visible = min(sinks, position + 1)
     for first in range(0, visible, SLOTS):
-        _attend_block(job, keys, values, first, min(SLOTS, visible - first), scratch, scores)
+        _attend_block(wide, job, keys, values, first, min(SLOTS, visible - first), scratch, scores)
     if query != near:
         for i in range(head_dim):
             simd.write_f32(scratch, _QUERY + i * 4, read_f32(query, i * 4))
     oldest = max(sinks, position + 1 - (_word(job, AT_WINDOW) - sinks))
     for first in range(oldest, position + 1, SLOTS):
-        _attend_block(job, keys, values, first, min(SLOTS, position + 1 - first), scratch, scores)
+        _attend_block(wide, job, keys, values, first, min(SLOTS, position + 1 - first), scratch, scores)
     share = np.float32(1.0) / read_f32(scratch, _SUM)
     for i in range(head_dim):
         simd.write_f32(out, i * 4, read_f32(scratch, _VALUES + i * 4) * share)
 
 
-@task
-def attention(job, unit):
+@njit(forceinline=True)
+def _attention(wide, job, unit):
     """All query heads of one key-value head for one token; units count key-value heads fastest."""
     heads, kv_heads, head_dim = _word(job, AT_HEADS), _word(job, AT_KV_HEADS), _word(job, AT_HEAD_DIM)
     token, kv_head = unit // kv_heads, unit % kv_heads
@@ -240,4 +251,30 @@ def attention(job, unit):
         at = (token * heads + head) * head_dim * 4
         query = _word(job, AT_Q) + at
         near = _word(job, AT_Q_SINK) + at if position >= _word(job, AT_WINDOW) else query
-        _attend(job, head, kv_head, position, query, near, _word(job, AT_OUT) + at, scratch)
+        _attend(wide, job, head, kv_head, position, query, near, _word(job, AT_OUT) + at, scratch)
+
+
+# ==== Tasks: one for each codec of the ring ====
+
+
+@task
+def rope_append_f16(job, token):
+    _rope_append(False, job, token)
+
+
+@task
+def rope_append_f32(job, token):
+    _rope_append(True, job, token)
+
+
+@task
+def attention_f16(job, unit):
+    _attention(False, job, unit)
+
+
+@task
+def attention_f32(job, unit):
+    _attention(True, job, unit)
+
+
+RING_TASKS = {"f16": (rope_append_f16, attention_f16), "f32": (rope_append_f32, attention_f32)}
