@@ -16,6 +16,7 @@ from typing import Any, TextIO
 
 from formats.version import __version__
 
+from .chat_pieces import Message
 from .cli import ArgumentParser, UserError, run
 from .console import Console, about_model, memory, stats_line
 from .generate import Run
@@ -115,8 +116,8 @@ def _answer_once(llm: Llama, console: Console, args: argparse.Namespace, prompt:
     options = {"max_tokens": args.max_tokens, "stop": args.stop, "cancel": cancel}
     sampler = llm.sampler(**_sampling(args))
     if chat:
-        system = [] if args.system_prompt is None else [{"role": "system", "content": args.system_prompt}]
-        job = llm.prepare_chat([*system, {"role": "user", "content": prompt}], sampler, **options)
+        system = [] if args.system_prompt is None else [Message("system", args.system_prompt)]
+        job = llm.prepare_chat([*system, Message("user", prompt)], sampler, **options)
     else:
         job = llm.prepare(llm.tokenize(prompt), sampler, **options)
     if args.json:

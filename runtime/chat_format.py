@@ -20,6 +20,7 @@ from .chat_pieces import (
     Control,
     Message,
     Piece,
+    Spoken,
     check_messages,
     encode_pieces,
 )
@@ -49,7 +50,7 @@ class ChatFormat(ABC):
     def encode(
         self,
         tokenizer: Tokenizer,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Sequence[Mapping[str, Any] | Message],
         add_generation_prompt: bool = True,
     ) -> list[int]:
         """Return the ids of a conversation, ready for the model to answer.
@@ -83,7 +84,7 @@ class Llama3Format(ChatFormat):
                 system, messages = messages[0].content, messages[1:]
             out += self._turn("system", self.dates + self._text(system))
         for message in messages:
-            out += self._turn(message.role, self._text(message.content))
+            out += self._turn(message.role, self._text(message.content), message.ids)
         return out + (self._header("assistant") if add_generation_prompt else [])
 
     def _text(self, content: str) -> str:
@@ -92,8 +93,8 @@ class Llama3Format(ChatFormat):
     def _header(self, role: str) -> list[Piece]:
         return [Control("<|start_header_id|>"), role, Control("<|end_header_id|>"), "\n\n"]
 
-    def _turn(self, role: str, text: str) -> list[Piece]:
-        return [*self._header(role), text, Control("<|eot_id|>")]
+    def _turn(self, role: str, text: str, ids: tuple[int, ...] = ()) -> list[Piece]:
+        return [*self._header(role), Spoken(text, ids), Control("<|eot_id|>")]
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,8 @@ class ChatMLFormat(ChatFormat):
         out: list[Piece] = [BOS] if self.bos else []
         for message in _with_system(messages, self.system):
             text = message.content.strip() if self.trim else message.content
-            out += [Control("<|im_start|>"), f"{message.role}\n{text}", Control("<|im_end|>"), "\n"]
+            out += [Control("<|im_start|>"), f"{message.role}\n", Spoken(text, message.ids)]
+            out += [Control("<|im_end|>"), "\n"]
         if add_generation_prompt:
             out += [Control("<|im_start|>"), "assistant\n"]
         return out
@@ -139,7 +141,7 @@ class Llama2Format(ChatFormat):
                 text = preamble + message.content if index == 0 else message.content
                 out += [BOS, f"[INST] {text.strip()} [/INST]"]
             else:
-                out += [f" {message.content.strip()} ", EOS]
+                out += [Spoken(f" {message.content.strip()}", message.ids), " ", EOS]
         if not out:
             raise ChatFormatError("the chat format llama2 needs a user message after the system message")
         return out

@@ -25,16 +25,27 @@ class Control:
 
 @dataclass(frozen=True)
 class Message:
+    """One message. ids: the tokens that an answer was made of, if they are known."""
+
     role: str
     content: str
+    ids: tuple[int, ...] = ()
 
 
-Piece = str | Control
+@dataclass(frozen=True)
+class Spoken:
+    """Text that the model itself wrote as these ids, which need not be those that encoding it would give."""
+
+    text: str
+    ids: tuple[int, ...]
+
+
+Piece = str | Control | Spoken
 BOS = Control("BOS")
 EOS = Control("EOS")
 
 
-def check_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
+def check_messages(messages: Sequence[Mapping[str, Any] | Message]) -> list[Message]:
     """Check the shape of OpenAI messages; a content in parts must be all text. Raises ChatFormatError."""
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
         raise ChatFormatError('messages must be a list of {"role": ..., "content": ...}')
@@ -44,6 +55,8 @@ def check_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
 
 
 def _check_message(message: Any, where: str) -> Message:
+    if isinstance(message, Message):
+        return message
     if not isinstance(message, Mapping):
         raise ChatFormatError(f'{where} must be {{"role": ..., "content": ...}}, got {message!r:.40}')
     role, content = message.get("role"), message.get("content")
@@ -66,25 +79,36 @@ def _text_of_part(part: Any, where: str) -> str:
 
 
 def encode_pieces(tokenizer: Tokenizer, pieces: Iterable[Piece]) -> list[int]:
-    """Encode pieces; neighbouring texts are joined first, as a template would have written them."""
+    """Encode pieces; neighbouring texts are joined first, as a template would have written them.
+
+    Texts after the first go on from it, which keeps SentencePiece from putting spaces in front where the
+    model's own tokenizer puts none.
+    """
     ids: list[int] = []
     text = ""
     for piece in pieces:
         if isinstance(piece, str):
             text += piece
-            continue
-        if text:
-            ids += tokenizer.encode(text, special=False)
+        elif isinstance(piece, Spoken) and not _spells(tokenizer, piece):
+            text += piece.text
+        else:
+            ids += tokenizer.encode(text, continuation=bool(ids)) if text else []
+            ids += piece.ids if isinstance(piece, Spoken) else [_control_id(tokenizer, piece)]
             text = ""
-        ids.append(_control_id(tokenizer, piece))
-    return ids + (tokenizer.encode(text, special=False) if text else [])
+    return ids + (tokenizer.encode(text, continuation=bool(ids)) if text else [])
+
+
+def _spells(tokenizer: Tokenizer, spoken: Spoken) -> bool:
+    """Whether the ids are the text and nothing else: no control token, no part of a character."""
+    parts = [tokenizer.token_bytes(token) for token in spoken.ids]
+    return all(parts) and bool(parts) and b"".join(parts) == spoken.text.encode(errors="replace")
 
 
 def _control_id(tokenizer: Tokenizer, control: Control) -> int:
     if control is BOS:
         token = tokenizer.bos_id
     elif control is EOS:
-        token = end_of_text_id(tokenizer)
+        token = tokenizer.eos_id
     else:
         token = tokenizer.special.get(control.text)
     if token is None:
@@ -92,10 +116,3 @@ def _control_id(tokenizer: Tokenizer, control: Control) -> int:
             f"the model's tokenizer has no token {control.text}, which the chat format needs; name another"
         )
     return token
-
-
-def end_of_text_id(tokenizer: Tokenizer) -> int | None:
-    """Return the id that a template's eos_token stands for."""
-    if "</s>" in tokenizer.special:
-        return tokenizer.special["</s>"]
-    return min(tokenizer.eos_ids) if tokenizer.eos_ids else None

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from .errors import CacheError
 from .model import Cancelled
 from .sampler import Sampler
+from .tokenizer import StreamDecoder
 
 if TYPE_CHECKING:
     from .cache import KVRing
@@ -132,6 +133,7 @@ class Run:
     """One generation: what to read, how to choose, when to stop.
 
     max_tokens: -1 goes on until a stop; sinks: first tokens that never slide out of the ring;
+    continuation: the text goes on from the prompt's, so that a space in front of its first word counts;
     watch: called with (id, logits) for each token before it is yielded, logits (vocab_size,) float32.
     """
 
@@ -141,6 +143,7 @@ class Run:
     max_tokens: int = -1
     stop: Sequence[str] = ()
     sinks: int = DEFAULT_SINKS
+    continuation: bool = True
     cancel: threading.Event | None = None
     progress: Progress | None = None
     watch: Callable[[int, Floats], None] | None = None
@@ -245,9 +248,8 @@ def generate_text(session: Session, tokenizer: Tokenizer, run: Run) -> Iterator[
 
     Every token of the text is in exactly one piece, so the last piece may have tokens and no text.
     """
-    from .tokenizer import StreamDecoder
-
-    decoder, stops = StreamDecoder(tokenizer), StopStrings(run.stop)
+    decoder = StreamDecoder(tokenizer, continuation=run.continuation)
+    stops = StopStrings(run.stop)
     pending: list[tuple[int, int]] = []
     decoded = shown = 0
     ids = generate(session, run)

@@ -25,7 +25,6 @@ from .chat_pieces import (
     Piece,
     check_messages,
     encode_pieces,
-    end_of_text_id,
 )
 
 if TYPE_CHECKING:
@@ -51,7 +50,7 @@ class JinjaFormat(ChatFormat):
     def encode(
         self,
         tokenizer: Tokenizer,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Sequence[Mapping[str, Any] | Message],
         add_generation_prompt: bool = True,
     ) -> list[int]:
         """Return the ids of the rendered conversation; contents are plain text, whatever they look like.
@@ -61,7 +60,7 @@ class JinjaFormat(ChatFormat):
         values = {
             "add_generation_prompt": add_generation_prompt,
             "bos_token": _text_of(tokenizer, tokenizer.bos_id),
-            "eos_token": _text_of(tokenizer, end_of_text_id(tokenizer)),
+            "eos_token": _text_of(tokenizer, tokenizer.eos_id),
             "tools": None,
             "documents": None,
         }
@@ -128,7 +127,7 @@ def _to_json(value: Any, indent: int | None = None) -> str:
 
 
 def _text_of(tokenizer: Tokenizer, token: int | None) -> str:
-    return "" if token is None else tokenizer.decode([token], special=True)
+    return "" if token is None else tokenizer.token_bytes(token, special=True).decode(errors="replace")
 
 
 def _find_controls(parts: Sequence[tuple[str, bool]], special: Mapping[str, int]) -> list[Piece]:

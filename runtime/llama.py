@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .chat_format import ChatFormat, ChatFormatError, select_format
+from .chat_pieces import Message, check_messages
 from .generate import DEFAULT_SINKS, Run, Session, TextPiece, common_length, generate_text
 from .model import Model
 from .openai_shapes import ChatShape, CompletionShape, LogProbs, Shape
@@ -99,8 +100,7 @@ class Llama:
         """Return the ids of a text. add_bos: a BOS where the model's tokenizer adds one; special: read
         control tokens written in the text as such, where otherwise they are plain text."""
         self._check_open()
-        add_bos = add_bos and bool(self.model.file.tokenizer.get("add_bos"))
-        return self.tokenizer.encode(text, add_bos=add_bos, special=special)
+        return self.tokenizer.encode(text, add_bos=add_bos and self.tokenizer.add_bos, special=special)
 
     def detokenize(self, ids: Sequence[int], special: bool = False) -> str:
         """Return the text of ids. special: write control tokens out, where otherwise they are left out."""
@@ -216,17 +216,20 @@ class Llama:
         given = {name: value for name, value in options.items() if value is not None}
         return Sampler(seed=self.seed if seed is None else seed, **{**self.defaults, **given})
 
-    def prepare_chat(self, messages: Sequence[Mapping[str, Any]], sampler: Sampler, **options: Any) -> Run:
+    def prepare_chat(
+        self, messages: Sequence[Mapping[str, Any] | Message], sampler: Sampler, **options: Any
+    ) -> Run:
         """Like `prepare`, for messages in the model's chat format."""
-        chat_format = self.require_chat_format()
-        ids = chat_format.encode(self.tokenizer, messages)
+        chat_format, checked = self.require_chat_format(), check_messages(messages)
+        ids = chat_format.encode(self.tokenizer, checked)
         sinks = DEFAULT_SINKS
         if self.keep is None:
-            system = [message for message in messages[:1] if message.get("role") == "system"]
-            bare = chat_format.encode(self.tokenizer, [*system, {"role": "user", "content": ""}])
+            system = [message for message in checked[:1] if message.role == "system"]
+            bare = chat_format.encode(self.tokenizer, [*system, Message("user", "")])
             sinks = max(sinks, common_length(ids, bare))
         run = self.prepare(ids, sampler, sinks=sinks, **options)
-        run.stop_ids = frozenset(run.stop_ids) | chat_format.stop_ids(self.tokenizer)
+        run.stop_ids = self.tokenizer.eos_ids | chat_format.stop_ids(self.tokenizer)
+        run.continuation = False
         return run
 
     def prepare(
@@ -251,10 +254,10 @@ class Llama:
         if max_tokens is None:
             max_tokens = self.n_ctx if slide else max(1, self.n_ctx - len(ids))
         check_max_tokens(max_tokens)
-        sinks = sinks if self.keep is None else self.keep
+        sinks = min(sinks, self.n_ctx // 2) if self.keep is None else self.keep
         return Run(
-            ids, sampler, self.tokenizer.eos_ids, max_tokens, check_stop(stop), min(sinks, self.n_ctx // 2),
-            cancel, progress,
+            ids, sampler, self.tokenizer.eos_ids, max_tokens, check_stop(stop),
+            sinks=sinks, cancel=cancel, progress=progress,
         )  # fmt: skip
 
     def pieces(self, run: Run) -> Iterator[TextPiece]:

@@ -113,7 +113,7 @@ class CompletionShape(Shape):
 
     def _name(self, token: int) -> str:
         """The token's text, or as OpenAI writes the bytes of a part of a character."""
-        raw = self._tokenizer.token_bytes(token) or self._tokenizer.decode([token], special=True).encode()
+        raw = self._tokenizer.token_bytes(token, special=True)
         try:
             return raw.decode()
         except UnicodeDecodeError:
@@ -148,7 +148,7 @@ class ChatShape(Shape):
         return {"content": content, "refusal": None}
 
     def _entry(self, token: int, logprob: float) -> dict[str, Any]:
-        raw = self._tokenizer.token_bytes(token) or self._tokenizer.decode([token], special=True).encode()
+        raw = self._tokenizer.token_bytes(token, special=True)
         return {"token": raw.decode(errors="replace"), "logprob": logprob, "bytes": list(raw)}
 
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from runtime.chat_format import ChatFormatError, recognise, select_format
+from runtime.chat_format import recognise, select_format
+from runtime.chat_pieces import ChatFormatError, Message
 from tests.byte_tokenizer import CONTROLS, ByteTokenizer
 
 TEMPLATES = Path(__file__).parent / "data" / "templates"
@@ -168,6 +169,30 @@ def test_bad_messages(messages: Any, text: str) -> None:
     chosen = pick({}, "llama3")
     with pytest.raises(ChatFormatError, match=text):
         chosen.encode(ByteTokenizer(), messages)
+
+
+@pytest.mark.parametrize("name", ["llama3", "chatml", "llama2"])
+def test_an_answer_keeps_the_ids_it_was_made_of(name: str) -> None:
+    """Here ids 300 and 301 spell "ab" and " a", as one token each."""
+
+    class Merging(ByteTokenizer):
+        def token_bytes(self, token: int, special: bool = False) -> bytes:
+            return {300: b"ab", 301: b" a"}.get(token) or super().token_bytes(token, special)
+
+    chosen, tokenizer = pick({}, name), Merging()
+    ids = (301, ord("b")) if name == "llama2" else (300,)
+
+    def encode(content: str, ids: tuple[int, ...]) -> list[int]:
+        question = Message("user", "x")
+        return chosen.encode(tokenizer, [question, Message("assistant", content, ids), question])
+
+    plain = encode("ab", ())
+    kept = encode("ab", ids)
+    assert len(kept) == len(plain) - 1 and set(kept) & {300, 301}
+    assert tokenizer.decode(kept, special=True) == tokenizer.decode(plain, special=True)
+    control = tokenizer.special["<|eot_id|>"]
+    for wrong in ((300, 300), (*ids, control), (control, *ids), (0xC3,), (400,)):
+        assert encode("ab", wrong) == plain
 
 
 def test_contents_in_parts() -> None:
