@@ -12,6 +12,7 @@ import numpy as np
 from formats import Tensor
 
 from ..cache import KVRing
+from . import numba_attention as att
 from . import numba_layers as layers
 from . import numba_matmul as mm
 from . import simd
@@ -155,7 +156,7 @@ class NumbaKernels:
         self.pack_task = mm.pack_activations.address
         self._norm_job = np.zeros(5, np.int64)
         self._glu_job = np.zeros(3, np.int64)
-        self._attention_job = np.zeros(layers.AT_WORDS, np.int64)
+        self._attention_job = np.zeros(att.AT_WORDS, np.int64)
         self._keep: Any = None
 
     def describe(self) -> str:
@@ -189,18 +190,18 @@ class NumbaKernels:
         layer: int,
     ) -> None:
         job = self._attend_to(q, q_sink, ring, layer)
-        job[layers.AT_K], job[layers.AT_V] = _address(k), _address(v)
-        job[layers.AT_COS : layers.AT_SIN_SINK + 1] = [_address(part) for part in turns]
-        self.pool.run(layers.RING_TASKS[ring.codec][0].address, _address(job), len(q))
+        job[att.AT_K], job[att.AT_V] = _address(k), _address(v)
+        job[att.AT_COS : att.AT_SIN_SINK + 1] = [_address(part) for part in turns]
+        self.pool.run(att.RING_TASKS[ring.codec][0].address, _address(job), len(q))
 
     def attention(self, q: np.ndarray, q_sink: np.ndarray, ring: KVRing, layer: int, out: np.ndarray) -> None:
         job = self._attend_to(q, q_sink, ring, layer)
-        job[layers.AT_OUT] = _address(out)
-        self.pool.run(layers.RING_TASKS[ring.codec][1].address, _address(job), len(q) * ring.config.n_kv_heads)
+        job[att.AT_OUT] = _address(out)
+        self.pool.run(att.RING_TASKS[ring.codec][1].address, _address(job), len(q) * ring.config.n_kv_heads)
 
     def _attend_to(self, q: np.ndarray, q_sink: np.ndarray, ring: KVRing, layer: int) -> np.ndarray:
         job, config = self._attention_job, ring.config
-        job[: layers.AT_Q] = (
+        job[: att.AT_Q] = (
             len(q),
             config.n_heads,
             config.n_kv_heads,
@@ -211,10 +212,10 @@ class NumbaKernels:
             ring.capacity,
             ring.length,
         )
-        job[layers.AT_Q], job[layers.AT_Q_SINK] = _address(q), _address(q_sink)
-        job[layers.AT_KEYS] = _address(ring.layers[layer].keys)
-        job[layers.AT_VALUES] = _address(ring.layers[layer].values)
-        job[layers.AT_SCALE :].view(np.float32)[0] = 1 / math.sqrt(config.head_dim)
+        job[att.AT_Q], job[att.AT_Q_SINK] = _address(q), _address(q_sink)
+        job[att.AT_KEYS] = _address(ring.layers[layer].keys)
+        job[att.AT_VALUES] = _address(ring.layers[layer].values)
+        job[att.AT_SCALE :].view(np.float32)[0] = 1 / math.sqrt(config.head_dim)
         return job
 
     def close(self) -> None:

@@ -13,7 +13,19 @@ from numba import njit
 
 from . import simd
 from .compiling import task
-from .simd import fma, load_f32, read_f32, read_i32, read_i64, splat_f32, splat_i32, splat_quad, store_f32, to_f32
+from .numba_math import word
+from .simd import (
+    fma,
+    load_f32,
+    read_f32,
+    read_i32,
+    read_i64,
+    splat_f32,
+    splat_i32,
+    splat_quad,
+    store_f32,
+    to_f32,
+)
 
 BLOCK = 80  # inputs in a trit superblock, and in a block of int8 activations with one scale
 ROWS = 16
@@ -27,11 +39,6 @@ FIRST, OUT, OUT_STRIDE, OUTPUTS, DATA, TABLE, AUX, AUX2, AUX3, BLOCK_SIZE, BIAS,
 F32, F16, BF16, Q8, NF4, NF4_NESTED = range(6)
 
 
-@njit(forceinline=True)
-def _word(base, index):
-    return read_i64(base, index * 8)
-
-
 # ==== Activations ====
 
 
@@ -40,19 +47,19 @@ def pack_activations(job, token):
     """Copy one token's inputs to a zero-padded row and, if int8 is wanted, quantise it in blocks of 80.
 
     quants: (blocks, n, 80) int8; scales: (blocks, n) float32; sums: (blocks, n, 5) int32 of the groups of 16."""
-    n, width = _word(job, N), _word(job, WIDTH)
-    source = _word(job, X) + token * _word(job, X_STRIDE)
-    padded = _word(job, PADDED) + token * _word(job, PADDED_STRIDE)
+    n, width = word(job, N), word(job, WIDTH)
+    source = word(job, X) + token * word(job, X_STRIDE)
+    padded = word(job, PADDED) + token * word(job, PADDED_STRIDE)
     whole = width // 16 * 16
     for i in range(0, whole, 16):
         store_f32(padded, i * 4, load_f32(source, i * 4))
     for i in range(whole, width):
         simd.write_f32(padded, i * 4, read_f32(source, i * 4))
-    for i in range(width, _word(job, PADDED_STRIDE) // 4):
+    for i in range(width, word(job, PADDED_STRIDE) // 4):
         simd.write_f32(padded, i * 4, np.float32(0.0))
-    if _word(job, INT8) == 0:
+    if word(job, INT8) == 0:
         return
-    quants, sums, scales = _word(job, QUANTS), _word(job, SUMS), _word(job, SCALES)
+    quants, sums, scales = word(job, QUANTS), word(job, SUMS), word(job, SCALES)
     for block in range((width + BLOCK - 1) // BLOCK):
         at = block * n + token
         x = padded + block * BLOCK * 4
@@ -75,8 +82,8 @@ def pack_activations(job, token):
 def _matrix_of(job, unit):
     """The matrix that a unit belongs to: units count through all matrices of the job, 64 rows each."""
     matrix = job + HEAD * 8
-    for _ in range(1, _word(job, MATRICES)):
-        if unit < _word(matrix + MATRIX * 8, FIRST):
+    for _ in range(1, word(job, MATRICES)):
+        if unit < word(matrix + MATRIX * 8, FIRST):
             break
         matrix += MATRIX * 8
     return matrix
@@ -84,8 +91,8 @@ def _matrix_of(job, unit):
 
 @njit(forceinline=True)
 def _rows_of(matrix, unit):
-    start = (unit - _word(matrix, FIRST)) * UNIT_ROWS
-    return start, min(start + UNIT_ROWS, _word(matrix, OUTPUTS))
+    start = (unit - word(matrix, FIRST)) * UNIT_ROWS
+    return start, min(start + UNIT_ROWS, word(matrix, OUTPUTS))
 
 
 # ==== Trits ====
@@ -160,7 +167,7 @@ def _group_int8(acc, q0, q1, q2, q3, unit, x, at, offset):
 @njit(forceinline=True)
 def _strip_int8(depth, data, blocks, table, job, first, count, scratch):
     """scratch[token] = 16 rows times the int8 activations of tokens first .. first + count - 1."""
-    n, quants, sums, scales = _word(job, N), _word(job, QUANTS), _word(job, SUMS), _word(job, SCALES)
+    n, quants, sums, scales = word(job, N), word(job, QUANTS), word(job, SUMS), word(job, SCALES)
     offset = np.int32(-((3**depth - 1) // 2))  # levels are stored unsigned: take L * (sum of the inputs) away again
     for block in range(blocks):
         here = data + block * (256 * depth + 48)
@@ -198,7 +205,7 @@ def _expand(q, top, unit, rounding, out):
 @njit(forceinline=True)
 def _strip_f32(depth, data, blocks, table, rounding, job, first, count, scratch):
     """scratch[token] = 16 rows times the float32 activations of tokens first .. first + count - 1."""
-    padded, stride = _word(job, PADDED), _word(job, PADDED_STRIDE)
+    padded, stride = word(job, PADDED), word(job, PADDED_STRIDE)
     weights = scratch + SCRATCH_WEIGHTS
     top = (3**depth - 1) // 2
     for block in range(blocks):
@@ -222,11 +229,11 @@ def _strip_f32(depth, data, blocks, table, rounding, job, first, count, scratch)
 @njit(forceinline=True)
 def _emit(job, matrix, token, row, value):
     """Write or add one output, with the bias if there is one."""
-    bias = _word(matrix, BIAS)
+    bias = word(matrix, BIAS)
     if bias:
         value += read_f32(bias, row * 4)
-    out = _word(matrix, OUT) + token * _word(matrix, OUT_STRIDE)
-    if _word(job, ADD):
+    out = word(matrix, OUT) + token * word(matrix, OUT_STRIDE)
+    if word(job, ADD):
         value += read_f32(out, row * 4)
     simd.write_f32(out, row * 4, value)
 
@@ -236,13 +243,13 @@ def _trit_unit(depth, int8, job, unit):
     """One pool unit of trit matrices. Inlined into its task, so that depth and int8 are constants there."""
     matrix = _matrix_of(job, unit)
     start, stop = _rows_of(matrix, unit)
-    table, data, rounding = _word(matrix, TABLE), _word(matrix, DATA), _word(matrix, ROUND)
-    blocks = (_word(job, WIDTH) + BLOCK - 1) // BLOCK
+    table, data, rounding = word(matrix, TABLE), word(matrix, DATA), word(matrix, ROUND)
+    blocks = (word(job, WIDTH) + BLOCK - 1) // BLOCK
     scratch = simd.scratch_32k()
     for row in range(start, stop, ROWS):
         strip = data + row // ROWS * blocks * (256 * depth + 48)
-        for first in range(0, _word(job, N), TOKENS):
-            count = min(TOKENS, _word(job, N) - first)
+        for first in range(0, word(job, N), TOKENS):
+            count = min(TOKENS, word(job, N) - first)
             if int8:
                 _strip_int8(depth, strip, blocks, table, job, first, count, scratch)
             else:
@@ -258,13 +265,13 @@ def _trit_unit(depth, int8, job, unit):
 @njit(forceinline=True)
 def _absmax(codec, matrix, flat):
     """The scale of the NF4 block that holds the weight number `flat`, in bitsandbytes' order of rounding."""
-    block = flat // _word(matrix, BLOCK_SIZE)
+    block = flat // word(matrix, BLOCK_SIZE)
     if codec == NF4:
-        return read_f32(_word(matrix, AUX), block * 4)
-    code = np.intp(simd.read_u8(_word(matrix, AUX), block))
-    nested = read_f32(_word(matrix, AUX2), block // read_i64(_word(matrix, AUX3), 0) * 4)
-    product = read_f32(_word(matrix, AUX3), 16 + code * 4) * nested
-    return product + read_f32(_word(matrix, AUX3), 8)
+        return read_f32(word(matrix, AUX), block * 4)
+    code = np.intp(simd.read_u8(word(matrix, AUX), block))
+    nested = read_f32(word(matrix, AUX2), block // read_i64(word(matrix, AUX3), 0) * 4)
+    product = read_f32(word(matrix, AUX3), 16 + code * 4) * nested
+    return product + read_f32(word(matrix, AUX3), 8)
 
 
 @njit(forceinline=True)
@@ -287,9 +294,9 @@ def _weights(codec, matrix, data, row, width, column):
     if codec == BF16:
         return simd.load_bf16_as_f32(data, flat * 2)
     if codec == Q8:
-        return simd.load_i8_as_f32(data, flat) * simd.read_f16(_word(matrix, AUX), flat // 32 * 2)
-    levels = simd.lookup(_word(matrix, TABLE), simd.load_nibbles(data, flat // 2))
-    return _rounded(levels * _absmax(codec, matrix, flat), _word(matrix, ROUND))
+        return simd.load_i8_as_f32(data, flat) * simd.read_f16(word(matrix, AUX), flat // 32 * 2)
+    levels = simd.lookup(word(matrix, TABLE), simd.load_nibbles(data, flat // 2))
+    return _rounded(levels * _absmax(codec, matrix, flat), word(matrix, ROUND))
 
 
 @njit(forceinline=True)
@@ -304,8 +311,8 @@ def _weight(codec, matrix, data, flat):
     if codec == Q8:  # rows are padded to whole vectors
         return np.float32(0.0)
     nibble = (simd.read_u8(data, flat // 2) >> (4 if flat % 2 == 0 else 0)) & 15
-    value = read_f32(_word(matrix, TABLE), np.intp(nibble) * 4) * _absmax(codec, matrix, flat)
-    return simd.first_lane(_rounded(splat_f32(value), _word(matrix, ROUND)))
+    value = read_f32(word(matrix, TABLE), np.intp(nibble) * 4) * _absmax(codec, matrix, flat)
+    return simd.first_lane(_rounded(splat_f32(value), word(matrix, ROUND)))
 
 
 @njit(forceinline=True)
@@ -319,14 +326,14 @@ def _tail(codec, matrix, data, row, width, column, x):
 @njit(forceinline=True)
 def _dense_tile(codec, job, matrix, row, last):
     """Four rows (the last one repeated if fewer are left) for all tokens, four tokens at a time."""
-    n, data = _word(job, N), _word(matrix, DATA)
-    width = (_word(job, WIDTH) + 31) // 32 * 32 if codec == Q8 else _word(job, WIDTH)
+    n, data = word(job, N), word(matrix, DATA)
+    width = (word(job, WIDTH) + 31) // 32 * 32 if codec == Q8 else word(job, WIDTH)
     whole = 0 if codec >= NF4 and width % 16 else width // 16 * 16
     r1, r2, r3 = min(row + 1, last), min(row + 2, last), min(row + 3, last)
-    stride = _word(job, PADDED_STRIDE)
+    stride = word(job, PADDED_STRIDE)
     token = 0
     while token < n:
-        x0 = _word(job, PADDED) + token * stride
+        x0 = word(job, PADDED) + token * stride
         zero = splat_f32(np.float32(0.0))
         a0, a1, a2, a3 = zero, zero, zero, zero
         if token + 4 <= n:
@@ -363,7 +370,7 @@ def _dense_tile(codec, job, matrix, row, last):
 @njit
 def _finish(codec, job, matrix, token, row, last, whole, width, a0, a1, a2, a3):
     """Sum the lanes of four rows, add what filled no vector, and write the outputs."""
-    data, x = _word(matrix, DATA), _word(job, PADDED) + token * _word(job, PADDED_STRIDE)
+    data, x = word(matrix, DATA), word(job, PADDED) + token * word(job, PADDED_STRIDE)
     _emit(job, matrix, token, row, simd.sum_lanes(a0) + _tail(codec, matrix, data, row, width, whole, x))
     if row + 1 <= last:
         _emit(job, matrix, token, row + 1, simd.sum_lanes(a1) + _tail(codec, matrix, data, row + 1, width, whole, x))
