@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from .chat_pieces import Message
 from .cli import describe, is_expected
@@ -23,6 +23,11 @@ HELP = """\
 /exit            leave (also /bye, Ctrl-D)
 A line that ends with \\ goes on in the next; \"\"\" begins and ends a text of several lines.
 //text sends /text to the model. Ctrl-C stops an answer."""
+
+
+class Command(NamedTuple):
+    name: str
+    argument: str
 
 
 class Repl:
@@ -61,21 +66,18 @@ class Repl:
         if first is not None:
             self._ask(first)
         while (message := self._read_message()) is not None:
-            if not message.strip():
-                continue
-            if message.startswith("/") and not message.startswith("//"):
-                name, _, argument = message.partition(" ")
-                if name in ("/exit", "/bye", "/quit"):
+            if isinstance(message, Command):
+                if message.name in ("/exit", "/bye", "/quit"):
                     break
-                self._command(name, argument.strip())
-            else:
-                self._ask(message[1:] if message.startswith("//") else message)
+                self._command(message.name, message.argument)
+            elif message.strip():
+                self._ask(message)
         return 0
 
     # ==== Reading ====
 
-    def _read_message(self) -> str | None:
-        """Read a message of one or more lines; None at the end of input, or after two Ctrl-C in a row."""
+    def _read_message(self) -> str | Command | None:
+        """Read a message or a command; None at the end of input, or after two Ctrl-C in a row."""
         interrupted = False
         while True:
             try:
@@ -91,16 +93,20 @@ class Repl:
                 interrupted = True
                 self.console.say("", "(Ctrl-C again or Ctrl-D leaves)")
 
-    def _read_lines(self) -> str:
+    def _read_lines(self) -> str | Command:
         line = self._read_line("> ")
         if line.startswith('"""'):
             lines = [line[3:]]
             while not lines[-1].rstrip().endswith('"""'):
                 lines.append(self._read_line("... "))
             return "\n".join(lines).rstrip().removesuffix('"""').strip("\n")
-        while line.endswith("\\"):
-            line = line[:-1] + "\n" + self._read_line("... ")
-        return line
+        if line.startswith("/") and not line.startswith("//"):
+            name, _, argument = line.partition(" ")
+            return Command(name, argument.strip())
+        text = line.removeprefix("/")
+        while text.endswith("\\"):
+            text = text[:-1] + "\n" + self._read_line("... ")
+        return text
 
     def _read_line(self, mark: str) -> str:
         """Read a line. Raises EOFError at the end of input."""
