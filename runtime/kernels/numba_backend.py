@@ -13,11 +13,12 @@ from formats import Tensor
 
 from ..cache import KVRing
 from . import numba_attention as att
+from . import numba_dense, numba_trits
+from . import numba_jobs as mm
 from . import numba_layers as layers
-from . import numba_matmul as mm
-from . import simd
 from .base import GROUPED
 from .pool import Pool, usable_cores
+from .vectors import cpu_features
 
 _ROUNDING = {"float32": 0, "float16": 1, "bfloat16": 2}
 _TABLE = 32  # entries of a lookup table
@@ -139,9 +140,9 @@ class NumbaLinear:
 
 def _task_address(tensor: Tensor, int8: bool) -> int:
     if tensor.codec in GROUPED:
-        return mm.TRIT_TASKS[int8][int(tensor.codec[4:]) - 1].address
+        return numba_trits.TASKS[int8][int(tensor.codec[4:]) - 1].address
     nested = tensor.codec == "nf4" and tensor.params["nested_block"]
-    return mm.DENSE_TASKS["nf4_nested" if nested else tensor.codec].address
+    return numba_dense.TASKS["nf4_nested" if nested else tensor.codec].address
 
 
 class NumbaKernels:
@@ -160,7 +161,7 @@ class NumbaKernels:
         self._keep: Any = None
 
     def describe(self) -> str:
-        features = simd.cpu_features()
+        features = cpu_features()
         known = ("avx512vnni", "avxvnni", "avx512f", "avx2", "dotprod", "neon")
         best = next((name for name in known if name in features), "plain vectors")
         return f"numba {numba.__version__} ({best}), {self.pool.n_threads} threads"

@@ -134,7 +134,7 @@ def usable_cores() -> int:
 
 
 class Pool:
-    """`n_threads` threads, the caller's included. Jobs of several callers queue; a forked child starts its own workers."""
+    """`n_threads` threads, the caller's included. Jobs of several callers queue; a fork starts its own workers."""
 
     def __init__(self, n_threads: int) -> None:
         if n_threads < 1:

@@ -1,0 +1,85 @@
+"""What all matrix products share: the job's words, the activations they read, and the outputs they write.
+
+Activations are copied once per product to zero-padded rows and, if int8 is wanted, quantised in blocks of 80. Pool
+units count through all matrices of a job, 64 rows each. Every output is one sum over the inputs in one fixed order,
+whatever the number of tokens or threads.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from . import simd
+from .base import ACT_BLOCK as BLOCK
+from .compiling import task
+from .numba_math import word
+from .simd import load_f32, read_f32, store_f32
+
+UNIT_ROWS = 64  # rows that a pool unit computes
+
+# A job is a list of int64 words: these, then MATRIX words for each matrix.
+N, WIDTH, X, X_STRIDE, PADDED, PADDED_STRIDE, QUANTS, SUMS, SCALES, INT8, ADD, MATRICES, HEAD = range(13)
+FIRST, OUT, OUT_STRIDE, OUTPUTS, DATA, TABLE, AUX, AUX2, AUX3, BLOCK_SIZE, BIAS, ROUND, MATRIX = range(13)
+
+
+@task
+def pack_activations(job, token):
+    """Copy one token's inputs to a zero-padded row and, if int8 is wanted, quantise it in blocks of 80.
+
+    quants: (blocks, n, 80) int8; scales: (blocks, n) float32; sums: (blocks, n, 5) int32 of the groups of 16."""
+    n, width = word(job, N), word(job, WIDTH)
+    source = word(job, X) + token * word(job, X_STRIDE)
+    padded = word(job, PADDED) + token * word(job, PADDED_STRIDE)
+    whole = width // 16 * 16
+    for i in range(0, whole, 16):
+        store_f32(padded, i * 4, load_f32(source, i * 4))
+    for i in range(whole, width):
+        simd.write_f32(padded, i * 4, read_f32(source, i * 4))
+    for i in range(width, word(job, PADDED_STRIDE) // 4):
+        simd.write_f32(padded, i * 4, np.float32(0.0))
+    if word(job, INT8) == 0:
+        return
+    quants, sums, scales = word(job, QUANTS), word(job, SUMS), word(job, SCALES)
+    for block in range((width + BLOCK - 1) // BLOCK):
+        at = block * n + token
+        x = padded + block * BLOCK * 4
+        top = simd.absolute(load_f32(x, 0))
+        for g in range(1, 5):
+            top = simd.maximum(top, simd.absolute(load_f32(x, g * 64)))
+        largest = simd.max_lanes(top)
+        inverse = np.float32(127.0) / largest if largest > np.float32(0.0) else np.float32(0.0)
+        simd.write_f32(scales, at * 4, largest / np.float32(127.0))
+        for g in range(5):
+            q = simd.round_to_i32(load_f32(x, g * 64) * inverse)
+            simd.store_i32_as_i8(quants, at * BLOCK + g * 16, q)
+            simd.write_i32(sums, (at * 5 + g) * 4, simd.sum_lanes_i32(q))
+
+
+@njit(forceinline=True)
+def matrix_of(job, unit):
+    """The matrix that a unit belongs to: units count through all matrices of the job, 64 rows each."""
+    matrix = job + HEAD * 8
+    for _ in range(1, word(job, MATRICES)):
+        if unit < word(matrix + MATRIX * 8, FIRST):
+            break
+        matrix += MATRIX * 8
+    return matrix
+
+
+@njit(forceinline=True)
+def rows_of(matrix, unit):
+    start = (unit - word(matrix, FIRST)) * UNIT_ROWS
+    return start, min(start + UNIT_ROWS, word(matrix, OUTPUTS))
+
+
+@njit(forceinline=True)
+def emit(job, matrix, token, row, value):
+    """Write or add one output, with the bias if there is one."""
+    bias = word(matrix, BIAS)
+    if bias:
+        value += read_f32(bias, row * 4)
+    out = word(matrix, OUT) + token * word(matrix, OUT_STRIDE)
+    if word(job, ADD):
+        value += read_f32(out, row * 4)
+    simd.write_f32(out, row * 4, value)
