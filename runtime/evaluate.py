@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 if TYPE_CHECKING:
-    from runtime.model import Model
+    from .cache import KVRing
+    from .model import Model
 
 Floats = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.int64]
@@ -144,9 +145,8 @@ def stream_losses(model: Model, ids: Sequence[int], ctx: int, progress: Progress
     losses: list[Floats] = []
     for start in range(0, len(ids) - 1, step):
         chunk = np.asarray(ids[start : start + step + 1], dtype=np.int64)
-        given, wanted = chunk[:step], chunk[1:]
-        given = given[: len(wanted)]
-        losses.append(_score([model.forward(given.tolist(), cache, "all")], wanted).losses)
+        given, wanted = chunk[:-1], chunk[1:]
+        losses.append(_score([_logits(model, given, cache)], wanted).losses)
         if progress is not None:
             progress(start + len(given), len(ids) - 1, "")
     return np.concatenate(losses)
@@ -160,22 +160,23 @@ def mean_perplexity(losses: Floats) -> tuple[float, float]:
 
 
 def _second_half(
-    models: Sequence[Model], caches: Sequence[object], window: Ids
+    models: Sequence[Model], caches: Sequence[KVRing], window: Ids
 ) -> Iterator[tuple[int, list[npt.NDArray[np.float32]]]]:
     """Yield (position, logits of each model from there on), bounded in memory. logits: (n, vocab_size)"""
     first, last = len(window) // 2, len(window) - 1
     for model, cache in zip(models, caches, strict=True):
-        model.forward(window[:first].tolist(), cache, None)  # type: ignore[arg-type]
+        model.forward(window[:first], cache, None)
     step = _logit_rows(models[0])
     for start in range(first, last, step):
-        ids = window[start : min(start + step, last)].tolist()
-        yield (
-            start,
-            [
-                model.forward(ids, cache, "all")  # type: ignore[arg-type, misc]
-                for model, cache in zip(models, caches, strict=True)
-            ],
-        )
+        ids = window[start : min(start + step, last)]
+        yield start, [_logits(model, ids, cache) for model, cache in zip(models, caches, strict=True)]
+
+
+def _logits(model: Model, ids: Ids, cache: KVRing) -> npt.NDArray[np.float32]:
+    """ids: (n,) int64, out: (n, vocab_size)"""
+    logits = model.forward(ids, cache, "all")
+    assert logits is not None
+    return logits
 
 
 def _logit_rows(model: Model) -> int:
@@ -186,8 +187,7 @@ def _score(logits: Sequence[npt.NDArray[np.float32]], wanted: Ids) -> _Scores:
     """logits: (n, vocab_size) float32 of the model, perhaps of the base; wanted: (n,) ids that came next"""
     rows = max(1, ROWS_AT_ONCE // logits[0].shape[1])
     blocks = [
-        _score_block([each[i : i + rows] for each in logits], wanted[i : i + rows])
-        for i in range(0, len(wanted), rows)
+        _score_block([each[i : i + rows] for each in logits], wanted[i : i + rows]) for i in range(0, len(wanted), rows)
     ]
     return _join(blocks)
 
@@ -197,9 +197,7 @@ def _score_block(logits: Sequence[npt.NDArray[np.float32]], wanted: Ids) -> _Sco
     mine = log_softmax(logits[0])
     losses = -mine[index, wanted]
     if not np.isfinite(losses).all():
-        raise EvaluationError(
-            "the logits are not finite numbers; the weights are damaged (try inspect --verify)"
-        )
+        raise EvaluationError("the logits are not finite numbers; the weights are damaged (try inspect --verify)")
     if len(logits) == 1:
         nothing = np.empty(0)
         return _Scores(losses, nothing, nothing, nothing.astype(bool))

@@ -22,7 +22,7 @@ def weight_bytes_per_token(file: TritFile, config: ModelConfig) -> int:
     return total
 
 
-def kv_bytes_per_token(config: ModelConfig) -> int:
-    """Bytes of keys and values that the ring keeps of one token, in the codec f16."""
-    ring = KVRing(config, 2, chunk=1, sinks=0)
+def kv_bytes_per_token(config: ModelConfig, codec: str = "f16") -> int:
+    """Bytes of keys and values that the ring keeps of one token."""
+    ring = KVRing(config, 2, chunk=1, sinks=0, codec=codec)
     return ring.nbytes // ring.slots

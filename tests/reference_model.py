@@ -55,14 +55,17 @@ def linear(weights: Mapping[str, Array], name: str, x: Array) -> Array:
     return out if bias is None else out + bias
 
 
+def exact(x: Array) -> Array:
+    """Store a number as it is."""
+    return x
+
+
 def half(x: Array) -> Array:
     """Round as a cache in float16 does."""
     return x.astype(np.float16).astype(np.float64)
 
 
-def attention(
-    q: Array, k: Array, v: Array, freq: Array, capacity: int | None, sinks: int, stored: Stored
-) -> Array:
+def attention(q: Array, k: Array, v: Array, freq: Array, capacity: int | None, sinks: int, stored: Stored) -> Array:
     """Attend causally; with a capacity, to the sinks and the newest tokens only, as StreamingLLM does.
 
     q: (n, n_heads, head_dim), k, v: (n, n_kv_heads, head_dim) not yet rotated, out: (n, n_heads * head_dim)
@@ -70,7 +73,7 @@ def attention(
     have been dropped, distances to the sinks are counted as if they had never been there.
     """
     n, n_heads, head_dim = q.shape
-    position = np.arange(n)
+    position = np.arange(n, dtype=np.float64)
     group = n_heads // k.shape[1]
     k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
     dropped = np.zeros(n) if capacity is None else np.maximum(position + 1 - capacity, 0)
@@ -89,11 +92,11 @@ def forward(
     ids: Sequence[int],
     capacity: int | None = None,
     sinks: int = 4,
-    stored: Stored = half,
+    stored: Stored = exact,
 ) -> Array:
     """Return the logits of every position, from a fresh context. out: (n, vocab_size)
 
-    stored: what a cache does to rotated keys and to values; the default is that of the f16 ring."""
+    stored: what a cache does to rotated keys and to values: `exact` or `half`."""
     n, eps, freq = len(ids), config["norm_eps"], frequencies(config)
     x = weights["tok_embeddings"][np.asarray(ids)]
     for i in range(config["n_layers"]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -35,12 +36,12 @@ class TableModel:
     def new_cache(self, n_ctx: int) -> TableCache:
         return TableCache(n_ctx)
 
-    def forward(self, ids: list[int], cache: TableCache, logits: str | None) -> Any:
+    def forward(self, ids: Sequence[int], cache: TableCache, logits: str | None) -> Any:
         if cache.length == 0:
             self.read.append([])
-        self.read[-1] += ids
+        self.read[-1].extend(int(i) for i in ids)
         cache.length += len(ids)
-        return self.table[ids] if logits == "all" else None
+        return self.table[list(ids)] if logits == "all" else None
 
     def probabilities(self) -> np.ndarray:
         exp = np.exp(self.table.astype(np.float64))
@@ -73,9 +74,7 @@ def test_too_little_text_is_an_error(count: int, ctx: int) -> None:
 
 @pytest.mark.parametrize("logits_at_once", [VOCAB, 3 * VOCAB, 1 << 20])
 @pytest.mark.parametrize("ctx", [8, 9, 16])
-def test_perplexity_is_the_sum_by_hand(
-    ctx: int, logits_at_once: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_perplexity_is_the_sum_by_hand(ctx: int, logits_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluate, "LOGITS_AT_ONCE", logits_at_once)
     monkeypatch.setattr(evaluate, "ROWS_AT_ONCE", 2 * VOCAB)
     model = TableModel()

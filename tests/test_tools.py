@@ -109,9 +109,7 @@ def test_inspect_template(folder: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert code == 0 and out == tiny.TEMPLATE + "\n"
 
 
-def test_inspect_does_not_let_a_file_drive_the_terminal(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_inspect_does_not_let_a_file_drive_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tiny.write_trit(tmp_path / "x.trit", metadata={
         "licence": {"name": "\x1b[31mred\x07", "llama": False},
         "chat": {"format": None, "template": "a\x1b]0;title\x07b\n\tc", "system": None},
@@ -136,7 +134,8 @@ def test_perplexity_json(folder: Path) -> None:
     losses = []
     for start in range(0, len(ids) - CTX + 1, CTX):
         window = ids[start : start + CTX]
-        window[0] = tokenizer.bos_id if tokenizer.add_bos else window[0]
+        if tokenizer.add_bos and tokenizer.bos_id is not None:
+            window[0] = tokenizer.bos_id
         logits = model.forward(window, model.new_cache(CTX), "all")
         assert logits is not None
         log_p = evaluate.log_softmax(logits)
@@ -149,14 +148,10 @@ def test_perplexity_json(folder: Path) -> None:
 
 def test_perplexity_kl(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = ("-f", folder / "text.txt", "-c", CTX, "--backend", "numpy", "--activations", "f32")
-    code, out, _ = in_process(
-        capsys, "perplexity", folder / "f16.trit", *args, "--kl", folder / "f16.trit", "--json"
-    )
+    code, out, _ = in_process(capsys, "perplexity", folder / "f16.trit", *args, "--kl", folder / "f16.trit", "--json")
     same = json.loads(out)
     assert code == 0 and same["kl_mean"] == pytest.approx(0, abs=1e-9) and same["same_top1"] == 1.0
-    _, out, _ = in_process(
-        capsys, "perplexity", folder / "trit2.trit", *args, "--kl", folder / "f16.trit", "--json"
-    )
+    _, out, _ = in_process(capsys, "perplexity", folder / "trit2.trit", *args, "--kl", folder / "f16.trit", "--json")
     other = json.loads(out)
     assert other["kl_mean"] > 1e-4 and other["kl_p999"] >= other["kl_mean"] and other["same_top1"] < 1.0
     assert other["base_ppl"] == pytest.approx(same["ppl"])
@@ -237,9 +232,7 @@ BAD: dict[str, tuple[str, ...]] = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_line_and_code_2(
-    case: str, folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_input_is_one_line_and_code_2(case: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = in_process(capsys, *(a.replace("DIR", str(folder)) for a in BAD[case]))
     assert code == 2 and out == "" and one_line(err), err
 
@@ -268,9 +261,7 @@ def test_a_model_of_another_vocabulary_is_no_base(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(folder / "source", tmp_path / "other")
-    tokenizer: dict[str, Any] = json.loads(
-        (tmp_path / "other" / "tokenizer.json").read_text(encoding="utf-8")
-    )
+    tokenizer: dict[str, Any] = json.loads((tmp_path / "other" / "tokenizer.json").read_text(encoding="utf-8"))
     tokenizer["model"]["merges"] = []
     (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
     convert(open_source(tmp_path / "other"), tmp_path / "other.trit", "f16")

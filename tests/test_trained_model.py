@@ -23,7 +23,8 @@ from tests import tiny
 pytestmark = pytest.mark.skipif(not tiny.MORE_FIXTURES, reason="needs TRITLLAMA_FIXTURES")
 
 PPL_TOLERANCE = 0.001  # of the float32 figure, relative
-JUMP = 1.05  # perplexity after the wrap, relative to a plain context of the same length
+JUMP = 1.02  # perplexity after the wrap, relative to a plain context of the same length
+WORST_BLOCK = 0.2  # natural logarithm
 
 
 @pytest.fixture(scope="module")
@@ -75,22 +76,26 @@ def greedy(model: Model, ids: Sequence[int], count: int) -> list[int]:
 
 
 def test_no_jump_of_perplexity_at_the_wrap(kjv: Path) -> None:
-    """Six windows through a ring: as good as a fresh context of 256 to 512 tokens at the same places."""
+    """Four windows through a ring: as good as fresh contexts that are as long as the ring at the same places.
+
+    The window is 384, because this model is weak where its context ends, in a plain context too."""
     model = Model.load(kjv, activations="f32")
     tokenizer = load_tokenizer(model.file)
-    ctx = 512
-    ids = held_out(tokenizer)[: 6 * ctx]
+    ctx, step = 384, 16
+    bos_id = tokenizer.bos_id
+    assert bos_id is not None
+    ids = held_out(tokenizer)[: 4 * ctx]
     losses = evaluate.stream_losses(model, ids, ctx)
     fresh = []
-    for start in range(ctx, len(ids) - ctx // 2, ctx // 2):
-        window = [tokenizer.bos_id, *ids[start - ctx // 2 + 1 : start + ctx // 2]]
+    for start in range(ctx, len(ids), step):
+        window = [bos_id, *ids[start - ctx + step + 1 : start + step]]
         logits = model.forward(window, model.new_cache(ctx), "all")
         assert logits is not None
-        log_p = evaluate.log_softmax(logits[ctx // 2 - 1 : -1])
-        fresh.append(-log_p[np.arange(ctx // 2), window[ctx // 2 :]])
+        log_p = evaluate.log_softmax(logits[-step - 1 : -1])
+        fresh.append(-log_p[np.arange(step), window[-step:]])
     plain = np.concatenate(fresh)
-    wrapped = losses[ctx - 1 : ctx - 1 + len(plain)]
+    wrapped = losses[ctx - 1 :]
+    assert len(wrapped) == len(plain)
     assert np.exp(wrapped.mean()) <= JUMP * np.exp(plain.mean())
-    blocks = wrapped[: len(wrapped) // 64 * 64].reshape(-1, 64).mean(axis=1)
-    same = plain[: len(plain) // 64 * 64].reshape(-1, 64).mean(axis=1)
-    assert (blocks - same).max() <= 0.5, "a block of 64 tokens is far worse than with a plain context"
+    worse = (wrapped - plain).reshape(-1, 64).mean(axis=1)
+    assert worse.max() <= WORST_BLOCK, "a block of 64 tokens is far worse than in a plain context"

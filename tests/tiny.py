@@ -28,7 +28,7 @@ CONFIG: dict[str, Any] = {
     "head_dim": 10, "vocab_size": 257, "max_seq_len": 4096, "norm_eps": 1e-5, "rope_theta": 10000.0,
     "rope_scaling": None, "tied_embeddings": False, "attention_bias": False, "mlp_bias": False,
 }  # fmt: skip
-NO_TOKENIZER = {"type": "none", "bos_id": None, "eos_ids": [], "add_bos": False, "special": {}}
+NO_TOKENIZER: dict[str, Any] = {"type": "none", "bos_id": None, "eos_ids": [], "add_bos": False, "special": {}}
 MATRICES = (".wq", ".wk", ".wv", ".wo", ".w1", ".w2", ".w3")
 
 
@@ -100,9 +100,7 @@ def write_tokenizer(folder: Path, vocab_size: int = 512) -> None:
     special = list(_SPECIAL)
     table = {char: len(special) + i for i, char in enumerate(byte_chars)}
     letters = "Ġetaoinshrdlu"
-    pairs = [(a, b) for a in letters for b in letters if b != "Ġ"] + [
-        (a, b) for a in "ETAOINSH" for b in letters[1:]
-    ]
+    pairs = [(a, b) for a in letters for b in letters if b != "Ġ"] + [(a, b) for a in "ETAOINSH" for b in letters[1:]]
     merges = pairs[: vocab_size - len(special) - len(byte_chars)]
     table |= {a + b: len(special) + len(byte_chars) + i for i, (a, b) in enumerate(merges)}
     pattern = (
@@ -199,9 +197,7 @@ def carry_nf4(name: str, path: Path) -> Path:
     return path
 
 
-def _nf4_parts(
-    name: str, stored: Mapping[str, Any], state: str
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def _nf4_parts(name: str, stored: Mapping[str, Any], state: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Give (params, parts) of one packed tensor as bitsandbytes saved it."""
 
     def array(suffix: str, dtype: str) -> np.ndarray:

@@ -32,13 +32,9 @@ def add_model_arguments(parser: argparse.ArgumentParser, threads: bool = True) -
     """Add the model and how to run it; without `threads` the command defines -t itself."""
     parser.add_argument("model", metavar="FILE.trit", help="the model")
     if threads:
-        parser.add_argument(
-            "-t", "--threads", type=positive, metavar="N", help="threads (default: all cores allowed)"
-        )
+        parser.add_argument("-t", "--threads", type=positive, metavar="N", help="threads (default: all cores allowed)")
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="kernels to run on (auto)")
-    parser.add_argument(
-        "--activations", choices=ACTIVATIONS, default="int8", help="int8: fast (default); f32: exact"
-    )
+    parser.add_argument("--activations", choices=ACTIVATIONS, default="int8", help="int8: fast (default); f32: exact")
 
 
 def _at_least(text: str, least: int) -> int:

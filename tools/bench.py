@@ -30,12 +30,8 @@ GIGA = 1e9
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this command to a parser."""
     add_model_arguments(parser, threads=False)
-    parser.add_argument(
-        "-p", "--n-prompt", type=natural_list, default=[512], metavar="N", help="prompt tokens (512)"
-    )
-    parser.add_argument(
-        "-n", "--n-gen", type=natural_list, default=[128], metavar="N", help="tokens generated (128)"
-    )
+    parser.add_argument("-p", "--n-prompt", type=natural_list, default=[512], metavar="N", help="prompt tokens (512)")
+    parser.add_argument("-n", "--n-gen", type=natural_list, default=[128], metavar="N", help="tokens generated (128)")
     parser.add_argument(
         "-d",
         "--n-depth",
@@ -44,12 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens in the context before (0)",
     )
-    parser.add_argument(
-        "-t", "--threads", type=positive_list, metavar="N", help="threads (default: all cores allowed)"
-    )
-    parser.add_argument(
-        "-r", "--repetitions", type=positive, default=5, metavar="N", help="repeats of each test (5)"
-    )
+    parser.add_argument("-t", "--threads", type=positive_list, metavar="N", help="threads (default: all cores allowed)")
+    parser.add_argument("-r", "--repetitions", type=positive, default=5, metavar="N", help="repeats of each test (5)")
     parser.add_argument("--json", action="store_true", help="print a JSON list, one object per setting")
 
 
@@ -94,12 +86,11 @@ def as_json(speed: benchmark.Speed | None, n: int, depth: int) -> dict[str, Any]
     return None if speed is None else {"n": n, "depth": depth, "tok_s": speed.tok_s, "std": speed.std}
 
 
-def traffic(
-    model: Model, speed: benchmark.Speed | None, n_gen: int, depth: int, bandwidth: float
-) -> dict[str, Any]:
+def traffic(model: Model, speed: benchmark.Speed | None, n_gen: int, depth: int, bandwidth: float) -> dict[str, Any]:
     """Tell what decoding one token reads, and how near to the speed of memory that comes."""
     weights = weight_bytes_per_token(model.file, model.config)
-    total = weights + kv_bytes_per_token(model.config) * (depth + n_gen // 2)
+    kv = kv_bytes_per_token(model.config, model.new_cache(2).codec)
+    total = weights + kv * (depth + n_gen // 2)
     per_second = 0.0 if speed is None else total * speed.tok_s
     return {
         "bytes_per_token": total, "weight_bytes_per_token": weights,

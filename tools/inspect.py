@@ -26,9 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="FILE.trit", help="the file")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--tensors", action="store_true", help="list every tensor, not one line per kind")
-    parser.add_argument(
-        "--verify", action="store_true", help="read and check everything; exit code 2 on damage"
-    )
+    parser.add_argument("--verify", action="store_true", help="read and check everything; exit code 2 on damage")
     parser.add_argument("--template", action="store_true", help="print the chat template and nothing else")
 
 

@@ -58,9 +58,7 @@ def encode(path: str, text: str, ctx: int) -> tuple[list[int], int | None]:
         if ctx > longest:
             raise UserError(f"-c {ctx}: the context of {path} has at most {longest} tokens")
         tokenizer = load_tokenizer(file)
-        return tokenizer.encode(
-            text, add_bos=tokenizer.add_bos
-        ), tokenizer.bos_id if tokenizer.add_bos else None
+        return tokenizer.encode(text, add_bos=tokenizer.add_bos), tokenizer.bos_id if tokenizer.add_bos else None
 
 
 def load(path: str, args: argparse.Namespace) -> Model:
