@@ -120,6 +120,27 @@ def test_inspect_does_not_let_a_file_drive_the_terminal(tmp_path: Path, capsys: 
     assert out == "a\\x1b]0;title\\x07b\n\tc\n"
 
 
+STRANGE: dict[str, dict[str, Any]] = {
+    "no sections": {"chat": {}, "licence": {}, "source": {}, "generation": {}, "tokenizer": {}},
+    "numbers": {"chat": {"template": 7}, "licence": {"name": 8}, "source": {"files": 9}, "tokenizer": {"special": 1}},
+    "lists": {"chat": {"template": []}, "source": {"files": [1, [], {}]}, "tokenizer": {"eos_ids": "x"}},
+}
+
+
+@pytest.mark.parametrize("case", STRANGE)
+def test_inspect_takes_headers_as_they_come(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tiny.write_trit(tmp_path / "x.trit", metadata=STRANGE[case])
+    for options in ((), ("--json",), ("--verify",)):
+        assert in_process(capsys, "inspect", path, *options)[0] == 0
+    assert in_process(capsys, "inspect", path, "--template")[0] == 2
+
+
+def test_inspect_refuses_a_config_it_does_not_know(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tiny.write_trit(tmp_path / "x.trit", metadata={"config": {"architecture": "gpt2"}})
+    code, _, err = in_process(capsys, "inspect", path)
+    assert code == 2 and one_line(err) and "architecture" in err
+
+
 # ---- perplexity -------------------------------------------------------------------------------------------
 
 

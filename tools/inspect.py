@@ -12,6 +12,7 @@ from typing import Any
 
 from formats import open_trit
 from formats.container import TritFile
+from runtime.chat_format import recognise
 from runtime.cli import ArgumentParser, UserError, one_line, run
 from runtime.config import ModelConfig
 from runtime.progress import Bar
@@ -59,26 +60,37 @@ def about_tokenizer(file: TritFile) -> dict[str, Any]:
     """Give the tokenizer's entry without its tables."""
     known = {key: file.tokenizer.get(key) for key in ("type", "bos_id", "eos_ids", "add_bos")}
     data = sum(t.nbytes for t in file.tensors.values() if t.name.startswith("tokenizer."))
-    return known | {"special": len(file.tokenizer.get("special", {})), "bytes": data}
+    special = file.tokenizer.get("special")
+    return known | {"special": len(special) if isinstance(special, dict) else 0, "bytes": data}
+
+
+def section(file: TritFile, name: str) -> dict[str, Any]:
+    """Give a section of the header that may be missing; the reader has seen to it that it is an object."""
+    found: dict[str, Any] = file.header.get(name, {})
+    return found
+
+
+def template_of(file: TritFile) -> str:
+    """Give the chat template, or nothing where there is none."""
+    template = section(file, "chat").get("template")
+    return template if isinstance(template, str) else ""
 
 
 def about_chat(file: TritFile) -> dict[str, Any]:
-    """Give the chat entry with the length of the template in its place."""
-    chat = file.header.get("chat") or {}
-    return {
-        "format": chat.get("format"), "system": chat.get("system"),
-        "template_chars": len(chat.get("template") or ""),
-    }  # fmt: skip
+    """Give the chat format, as the file says or as its template shows, and the template's length."""
+    chat = section(file, "chat")
+    template = template_of(file)
+    known = chat if chat.get("format") else recognise(template)
+    return {"format": known.get("format"), "system": known.get("system"), "template_chars": len(template)}
 
 
 def describe(file: TritFile) -> dict[str, Any]:
     """Give the object that --json prints."""
-    header = file.header
     return {
         "file": file.path, "bytes": file.size, "fingerprint": file.fingerprint,
-        "config": header["config"], "tokenizer": about_tokenizer(file), "chat": about_chat(file),
-        "generation": header.get("generation"), "licence": header.get("licence"),
-        "source": header.get("source"),
+        "config": file.config, "tokenizer": about_tokenizer(file), "chat": about_chat(file),
+        "generation": section(file, "generation"), "licence": section(file, "licence"),
+        "source": section(file, "source"),
         "codecs": codec_totals(file), "memory": memory(file),
         "tensors": [
             {"name": t.name, "codec": t.codec, "shape": list(t.shape), "nbytes": t.nbytes,
@@ -124,7 +136,7 @@ def fact(name: str, value: object) -> str:
 
 def facts(found: dict[str, Any]) -> list[str]:
     """Write the lines above the tables."""
-    c, tokenizer, chat, source = found["config"], found["tokenizer"], found["chat"], found["source"] or {}
+    c, tokenizer, chat, source = found["config"], found["tokenizer"], found["chat"], found["source"]
     rope = c["rope_scaling"]["type"] if c.get("rope_scaling") else "none"
     lines = [
         fact("file", f"{found['file']}  {size(found['bytes'])}  fingerprint {found['fingerprint']}"),
@@ -134,10 +146,13 @@ def facts(found: dict[str, Any]) -> list[str]:
         fact("context", f"{c['max_seq_len']} tokens, rope theta {c['rope_theta']:g}, scaling {rope}"),
         fact("tokenizer", f"{tokenizer['type']}, bos {tokenizer['bos_id']}, end {tokenizer['eos_ids']}"),
         fact("chat", f"format {chat['format']}, template of {chat['template_chars']} characters"),
-        fact("licence", (found["licence"] or {}).get("name")),
+        fact("licence", found["licence"].get("name")),
         fact("source", f"{source.get('name')}, {source.get('converter')}, {source.get('options')}"),
     ]  # fmt: skip
-    for entry in source.get("files", []):
+    files = source.get("files")
+    for entry in files if isinstance(files, list) else []:
+        if not isinstance(entry, dict):
+            continue
         name, n, digest = entry.get("name"), entry.get("bytes"), entry.get("sha256")
         lines.append(fact("", f"{name}  {n} bytes  sha256 {digest}"))
     return lines
@@ -176,7 +191,7 @@ def command(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     with open_trit(args.model) as file:
         if args.template:
-            template = (file.header.get("chat") or {}).get("template")
+            template = template_of(file)
             if not template:
                 raise UserError(f"{args.model}: the file has no chat template")
             print("\n".join(one_line_keeping_spaces(line) for line in template.split("\n")))
