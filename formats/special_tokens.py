@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .errors import SourceError, UnsupportedError
+from .vocab import MAX_TOKENS
 
 # Tokens that end an answer under any of these names, besides those that the checkpoint calls end tokens.
 END_NAMES = (
@@ -95,6 +96,8 @@ def header_entry(
 
     Raises SourceError if an id lies outside the vocabulary.
     """
+    if not 0 < vocab_size <= MAX_TOKENS:
+        raise SourceError(path, f"has ids up to {vocab_size - 1}; at most {MAX_TOKENS} tokens are supported")
     tokens = [added[i] for i in sorted(added)]
     special = {t.text: t.id for t in tokens if t.special}
     named = [special[name] for name in END_NAMES if name in special]

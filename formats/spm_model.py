@@ -94,9 +94,7 @@ def without_prefix(model: bytes) -> bytes:
     return model + _NO_SPACE_IN_FRONT
 
 
-def build_bpe_model(
-    pieces: Sequence[Piece], *, add_prefix: bool, squeeze: bool, ids: dict[str, int]
-) -> bytes:
+def build_bpe_model(pieces: Sequence[Piece], *, add_prefix: bool, squeeze: bool, ids: dict[str, int]) -> bytes:
     """Build a BPE model with byte fallback and no normalization.
 
     squeeze: whether runs of spaces become one; ids: "unk", and "bos", "eos" where there are such tokens.

@@ -66,7 +66,7 @@ def _from_gpt2(
     path: Path, own: Mapping[str, Any], tokens: list[str], types: Sequence[int]
 ) -> tuple[dict[str, Any], dict[str, bytes]]:
     pre = own.get("pre")
-    if pre not in PRE_TOKENIZERS:
+    if not isinstance(pre, str) or pre not in PRE_TOKENIZERS:
         message = f"{PREFIX}pre is {pre!r:.60}; supported are {', '.join(PRE_TOKENIZERS)}"
         raise UnsupportedError(path, message)
     name, ignore_merges, bos_first = PRE_TOKENIZERS[pre]
@@ -95,9 +95,7 @@ def _from_llama(
     prefix = _flag(path, own, "add_space_prefix", True)
     squeeze = _flag(path, own, "remove_extra_whitespaces", False)
     kinds = [CONTROL if kind == USER_DEFINED else kind for kind in types]
-    pieces = [
-        Piece(text, float(score), kind) for text, score, kind in zip(tokens, scores, kinds, strict=True)
-    ]
+    pieces = [Piece(text, float(score), kind) for text, score, kind in zip(tokens, scores, kinds, strict=True)]
     if UNKNOWN not in kinds:
         raise SourceError(path, "has no unknown token (type 2), so the SentencePiece model cannot be rebuilt")
     ends = _ends(path, own, True)
@@ -109,9 +107,7 @@ def _from_llama(
     except ValueError as exc:
         raise SourceError(path, f"has a vocabulary that is no SentencePiece model: {exc}") from exc
     added = _added(path, tokens, types)
-    entry = header_entry(
-        path, "sentencepiece", len(tokens), added, ends, prefix="always" if prefix else "never"
-    )
+    entry = header_entry(path, "sentencepiece", len(tokens), added, ends, prefix="always" if prefix else "never")
     return entry, {MODEL_BLOB: model}
 
 

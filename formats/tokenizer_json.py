@@ -230,28 +230,24 @@ def bos_of_post_processor(path: Path, raw: Mapping[str, Any]) -> int | None:
         if _name(step) == "ByteLevel":  # offsets only
             continue
         if _name(step) != "TemplateProcessing" or found is not None:
-            raise UnsupportedError(
-                path, f"post-processor {_name(step)}; supported is a template that adds BOS"
-            )
+            raise UnsupportedError(path, f"post-processor {_name(step)}; supported is a template that adds BOS")
         found = _bos_of_template(path, step)
     return found
 
 
 def _bos_of_template(path: Path, step: Mapping[str, Any]) -> int | None:
     single = step.get("single")
-    kinds = [next(iter(p)) if isinstance(p, dict) and len(p) == 1 else "?" for p in single or ["?"]]
+    parts = single if isinstance(single, list) else []
+    kinds = [str(next(iter(p)))[:60] if isinstance(p, dict) and len(p) == 1 else "?" for p in parts[:9]]
     if kinds == ["Sequence"]:
         return None
     if kinds != ["SpecialToken", "Sequence"]:
-        message = f"post-processor template of {' + '.join(kinds)}; supported is [BOS +] text"
+        message = f"post-processor template of {' + '.join(kinds) or 'nothing'}; supported is [BOS +] text"
         raise UnsupportedError(path, message)
-    assert isinstance(single, list)
     try:
-        (token,) = step["special_tokens"][single[0]["SpecialToken"]["id"]]["ids"]
+        (token,) = step["special_tokens"][parts[0]["SpecialToken"]["id"]]["ids"]
     except (KeyError, TypeError, ValueError) as exc:
-        raise SourceError(
-            path, "the post-processor's template names a token that it does not describe"
-        ) from exc
+        raise SourceError(path, "the post-processor's template names a token that it does not describe") from exc
     if type(token) is not int:
         raise SourceError(path, f"the post-processor's token has id {token!r:.60}, expected an integer")
     return token

@@ -23,8 +23,9 @@ from typing import Any
 from .byte_level import all_splits, is_rank_file, read_ranks
 from .errors import SourceError, UnsupportedError
 from .source import read_json
-from .special_tokens import AddedToken, Ends, header_entry, unique_tokens
+from .special_tokens import AddedToken, Ends, header_entry
 from .spm_model import (
+    BYTE,
     CONTROL,
     MODEL_BLOB,
     UNKNOWN,
@@ -68,9 +69,7 @@ def tokenizer_from_hf(folder: Path) -> Tokenizer:
         model = raw.get("model")
         kind = model.get("type") if isinstance(model, dict) else None
         if not models or not is_model(models[0].read_bytes()):
-            message = (
-                f"holds a {kind!s:.60} model, not byte-level BPE; put its SentencePiece tokenizer.model here"
-            )
+            message = f"holds a {kind!s:.60} model, not byte-level BPE; put its SentencePiece tokenizer.model here"
             raise UnsupportedError(path, message)
         if not settings.listed:
             settings = replace(settings, listed=listed_tokens(path, raw))
@@ -82,14 +81,10 @@ def tokenizer_from_hf(folder: Path) -> Tokenizer:
     if is_rank_file(data):
         tokens = read_ranks(models[0], data)
         if len(tokens) != LLAMA3_RANKS:
-            message = (
-                f"has {len(tokens)} tiktoken ranks; only Llama 3's {LLAMA3_RANKS} come with a known pattern"
-            )
+            message = f"has {len(tokens)} tiktoken ranks; only Llama 3's {LLAMA3_RANKS} come with a known pattern"
             raise UnsupportedError(models[0], message)
         return from_ranks(models[0], tokens, settings)
-    raise SourceError(
-        models[0], f"starts with {data[:16]!r}, expected tiktoken ranks or a SentencePiece model"
-    )
+    raise SourceError(models[0], f"starts with {data[:16]!r}, expected tiktoken ranks or a SentencePiece model")
 
 
 # ---- byte-level BPE and tiktoken ------------------------------------------------------------------------
@@ -117,9 +112,7 @@ def from_ranks(path: Path, tokens: list[bytes], settings: Settings) -> Tokenizer
     base = len(tokens)
     added = with_roles(settings.listed, settings) or _llama3_controls(base)
     if min(added) < base or len({*range(base), *added}) != max(added) + 1:
-        raise SourceError(
-            settings.path, f"has control tokens {min(added)} to {max(added)}, expected {base} on"
-        )
+        raise SourceError(settings.path, f"has control tokens {min(added)} to {max(added)}, expected {base} on")
     size = max(added) + 1
     settings.check_size(path, size)
     bos_id = _role(added, settings, settings.bos or LLAMA3_BOS)
@@ -151,20 +144,16 @@ def _from_sentencepiece(path: Path, model: bytes, settings: Settings) -> Tokeniz
         raise SourceError(path, f"is not a SentencePiece model that can be used: {exc}") from exc
     if spaces_last:
         raise UnsupportedError(path, "puts spaces at the end of words (treat_whitespace_as_suffix)")
-    controls = [
-        AddedToken(i, p.text, special=True) for i, p in enumerate(pieces) if p.type in (CONTROL, UNKNOWN)
-    ]
+    ids = {p.text: i for i, p in enumerate(pieces)}
     for token in settings.listed.values():
+        if ids.get(token.text, token.id) != token.id:
+            message = f"gives {token.text!r} the id {token.id}, the model {ids[token.text]}"
+            raise SourceError(settings.path, message)
         if token.id < len(pieces) and pieces[token.id].text != token.text:
             message = f"calls id {token.id} {token.text!r}, the model calls it {pieces[token.id].text!r}"
             raise SourceError(settings.path, message)
-    listed = [t for t in settings.listed.values() if t.text not in {c.text for c in controls}]
-    added = with_roles(unique_tokens(settings.path, [*controls, *listed]), settings)
-    taken = {p.text: i for i, p in enumerate(pieces)}
-    for token in added.values():
-        if taken.get(token.text, token.id) != token.id:
-            message = f"gives {token.text!r} the id {token.id}, the model {taken[token.text]}"
-            raise SourceError(settings.path, message)
+    controls = {i: AddedToken(i, p.text, special=True) for i, p in enumerate(pieces) if p.type in (CONTROL, UNKNOWN)}
+    added = with_roles({**settings.listed, **controls}, settings)
     # What we search for ourselves SentencePiece must not find: a control token typed by a user is plain text.
     ours = {t.id: CONTROL for t in added.values() if t.id < len(pieces) and _is_ours(t, pieces[t.id].type)}
     size = max(len(pieces), max(added) + 1)
@@ -176,6 +165,8 @@ def _from_sentencepiece(path: Path, model: bytes, settings: Settings) -> Tokeniz
     ends = _ends(added, settings, bos_id, add_bos)
     scheme = ("always" if settings.legacy else "first") if prefix else "never"
     entry = header_entry(path, "sentencepiece", size, added, ends, prefix=scheme)
+    if any(pieces[i].type == BYTE for i in ours):
+        raise SourceError(settings.path, "makes a byte piece of the SentencePiece model a control token")
     return entry, {MODEL_BLOB: with_types(model, ours) if ours else model}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
+from functools import cached_property
 
 # White_Space of Unicode: str.strip() without arguments takes the separators U+001C to U+001F too.
 WHITE_SPACE = (
@@ -28,31 +29,35 @@ class ControlText:
         strip_right: Collection[int] = (),
         match_last: Collection[int] = (),
     ) -> None:
-        self._special, self._added = special, added
+        self._special = frozenset(special.values())
+        self._has_added = bool(added)
         self._strip_left, self._strip_right = frozenset(strip_left), frozenset(strip_right)
-        self._last = frozenset(match_last)
-        self._passes: dict[bool, list[tuple[re.Pattern[str], dict[str, int]]]] = {}
+        last = frozenset(match_last)
+        groups: tuple[dict[str, int], dict[str, int]] = ({}, {})
+        for text, token in {**special, **added}.items():
+            groups[token in last][text] = token
+        self._groups = [group for group in groups if group]
 
     def split(self, text: str, special: bool) -> list[str | int]:
         """Cut a text into plain texts and ids; special: whether control tokens are parsed too."""
-        if special not in self._passes:
-            self._passes[special] = self._compile({**self._added, **(self._special if special else {})})
         parts: list[str | int] = [text] if text else []
-        for pattern, ids in self._passes[special]:
-            cut = (self._cut(p, pattern, ids) if isinstance(p, str) else [p] for p in parts)
-            parts = [piece for pieces in cut for piece in pieces]
+        if special or self._has_added:
+            for pattern, ids in self._passes:
+                cut = (self._cut(p, pattern, ids, special) if isinstance(p, str) else [p] for p in parts)
+                parts = [piece for pieces in cut for piece in pieces]
         return parts
 
-    def _compile(self, ids: Mapping[str, int]) -> list[tuple[re.Pattern[str], dict[str, int]]]:
-        first = {text: i for text, i in ids.items() if i not in self._last}
-        last = {text: i for text, i in ids.items() if i in self._last}
-        return [(_any_of(group), group) for group in (first, last) if group]
+    @cached_property
+    def _passes(self) -> list[tuple[re.Pattern[str], dict[str, int]]]:
+        return [(_any_of(group), group) for group in self._groups]
 
-    def _cut(self, text: str, pattern: re.Pattern[str], ids: Mapping[str, int]) -> list[str | int]:
+    def _cut(self, text: str, pattern: re.Pattern[str], ids: Mapping[str, int], special: bool) -> list[str | int]:
         out: list[str | int] = []
         done = 0
         for match in pattern.finditer(text):
             token, (start, stop) = ids[match[0]], match.span()
+            if token in self._special and not special:  # plain text, in which no shorter token is searched for
+                continue
             before = text[done:start]
             if token in self._strip_left:
                 before = before.rstrip(WHITE_SPACE)

@@ -60,9 +60,7 @@ class Tokenizer:
 
     # ---- encoding ---------------------------------------------------------------------------------------
 
-    def encode(
-        self, text: str, add_bos: bool = False, special: bool = False, continuation: bool = False
-    ) -> list[int]:
+    def encode(self, text: str, add_bos: bool = False, special: bool = False, continuation: bool = False) -> list[int]:
         """Encode a text.
 
         add_bos: put BOS in front, where there is one and the text does not give it already
@@ -192,9 +190,7 @@ def _byte_pairs(header: TokenizerHeader, blob: bytes, path: str) -> tuple[Encode
         raise UnsupportedError(path, f"has the pre-tokenizer {header.pre!r:.60}; update tritllama")
     vocab = unpack_vocab(blob, path)
     if len(vocab.tokens) != header.vocab_size:
-        message = (
-            f"has {len(vocab.tokens)} tokens, the header says {header.vocab_size}; convert the model again"
-        )
+        message = f"has {len(vocab.tokens)} tokens, the header says {header.vocab_size}; convert the model again"
         raise TensorError(path, message, VOCAB_BLOB)
     encoder = BytePairEncoder(
         vocab.ids,
