@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NoReturn
 
 from .errors import ConfigError
 
@@ -96,21 +96,21 @@ class _Reader:
     def __init__(self, values: dict[str, Any], path: str, prefix: str = "") -> None:
         self.values, self.path, self.prefix = values, path, prefix
 
-    def fail(self, name: str, expected: str) -> None:
+    def fail(self, name: str, expected: str) -> NoReturn:
         found = self.values.get(name, "missing")
         raise ConfigError(f"{self.path}: config {self.prefix}{name} is {found!r:.80}; expected {expected}")
 
     def integer(self, name: str, limit: int) -> int:
-        value = self.values.get(name)
+        value: Any = self.values.get(name)
         if type(value) is not int or not 1 <= value <= limit:
             self.fail(name, f"an integer from 1 to {limit}")
-        return value  # type: ignore[return-value]
+        return int(value)
 
     def number(self, name: str) -> float:
-        value = self.values.get(name)
-        if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:  # type: ignore[arg-type]
+        value: Any = self.values.get(name)
+        if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
             self.fail(name, "a positive number")
-        return float(value)  # type: ignore[arg-type]
+        return float(value)
 
     def flag(self, name: str) -> bool:
         value = self.values.get(name, False)

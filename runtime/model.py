@@ -32,7 +32,7 @@ class Layer:
         def matrices(*names: str) -> tuple[Sequence[Tensor], Sequence[np.ndarray | None]]:
             full = [f"layers.{i}.{name}" for name in names]
             biases = [file.tensors.get(f"{name}.bias") for name in full]
-            return [file.tensors[name] for name in full], [b and dequantize(b) for b in biases]
+            return [file.tensors[name] for name in full], [None if b is None else dequantize(b) for b in biases]
 
         self.attention_norm = dequantize(file.tensors[f"layers.{i}.attention_norm"])
         self.ffn_norm = dequantize(file.tensors[f"layers.{i}.ffn_norm"])

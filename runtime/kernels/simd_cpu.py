@@ -64,11 +64,11 @@ def dot4(b: ir.IRBuilder, acc: ir.Value, q: ir.Value, x: ir.Value) -> ir.Value:
     if {"avx512vnni", "avx512f"} <= features:
         return _dot_vnni(b, acc, q, x, 512)
     if "avxvnni" in features:
-        narrow, parts = (lambda *v: _dot_vnni(b, *v, 256)), 2
+        narrow, parts = (lambda a, q, x: _dot_vnni(b, a, q, x, 256)), 2
     elif "avx2" in features:
-        narrow, parts = (lambda *v: _dot_avx2(b, *v)), 2
+        narrow, parts = (lambda a, q, x: _dot_avx2(b, a, q, x)), 2
     elif "dotprod" in features:
-        narrow, parts = (lambda *v: call(b, "llvm.aarch64.neon.sdot.v4i32.v16i8", v[0].type, list(v))), 4
+        narrow, parts = (lambda a, q, x: call(b, "llvm.aarch64.neon.sdot.v4i32.v16i8", a.type, [a, q, x])), 4
     else:
         return _dot_plain(b, acc, q, x)
     pieces = zip(split(b, acc, parts), split(b, q, parts), split(b, x, parts), strict=True)
