@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 from formats.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from .engine import BusyError as BusyError
     from .generate import ContextOverflowError as ContextOverflowError
-    from .llama import BusyError as BusyError
     from .llama import Llama as Llama
 
-_PLACES = {"Llama": "llama", "BusyError": "llama", "ContextOverflowError": "generate"}
+_PLACES = {"Llama": "llama", "BusyError": "engine", "ContextOverflowError": "generate"}
 
 __all__ = ["BusyError", "ContextOverflowError", "Llama", "__version__"]
 

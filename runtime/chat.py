@@ -19,8 +19,9 @@ from formats.version import __version__
 from .chat_pieces import Message
 from .cli import ArgumentParser, UserError, run
 from .console import Console, about_model, memory, stats_line
+from .engine import DEFAULT_N_BATCH
 from .generate import Run
-from .llama import DEFAULT_N_BATCH, Llama
+from .llama import Llama
 from .openai_shapes import finished
 from .options import check_arguments, check_max_tokens, check_stop
 from .repl import Repl
@@ -76,7 +77,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     add("-t", "--threads", dest="n_threads", type=int, metavar="N", help="threads (all cores allowed)")
     add("--keep", type=int, metavar="N",
         help="first tokens that stay when the context is full (the system prompt)")  # fmt: skip
-    add("--kv", default="auto", metavar="CODEC", help="codec of keys and values: auto, f16")
+    add("--kv", default="auto", metavar="CODEC", help="codec of keys and values: auto, f16, f32")
     add("--backend", choices=("auto", "native", "numba", "numpy"), default="auto", help="kernels to run on")
     add("--activations", choices=("int8", "f32"), default="int8", help="int8: fast; f32: exact")
     return parser

@@ -167,7 +167,7 @@ def select_format(chat: Mapping[str, Any], name: str | None = None, jinja: bool 
     chat: the file's `chat` header; name: a format asked for, which need not be the file's own; jinja: render
     the file's template. Raises ChatFormatError if the name is unknown or the template must be asked for.
     """
-    template = chat.get("template")
+    template = _text_in(chat, "template")
     if jinja:
         from .jinja_format import JinjaFormat
 
@@ -177,19 +177,26 @@ def select_format(chat: Mapping[str, Any], name: str | None = None, jinja: bool 
             raise ChatFormatError("the model has no chat template to render with jinja")
         return JinjaFormat(template)
     own = _from_template(template) if template else None
-    wanted = name or chat.get("format")
+    wanted = name or _text_in(chat, "format")
     if own is not None and wanted in (None, own.name):
         return own
     if wanted is not None:
         if wanted not in FORMATS:
             raise ChatFormatError(f"unknown chat format {wanted!r}; known are {', '.join(FORMATS)}")
-        return FORMATS[wanted](system=None if name else chat.get("system"))
+        return FORMATS[wanted](system=None if name else _text_in(chat, "system"))
     if template:
         raise ChatFormatError(
             f"the model's chat template is none of {', '.join(FORMATS)}: name one of these (--chat-format), "
             "let the template itself run in a sandbox (--jinja), or complete plain text (--raw)"
         )
     return None
+
+
+def _text_in(chat: Mapping[str, Any], key: str) -> str | None:
+    value = chat.get(key)
+    if value is not None and not isinstance(value, str):
+        raise ChatFormatError(f"the file's chat.{key} is {value!r:.40}, expected a text; convert it again")
+    return value
 
 
 def recognise(template: str | None) -> dict[str, str | None]:

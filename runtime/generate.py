@@ -70,9 +70,9 @@ class Session:
     ids: everything since the last reset, also what has slid out of the ring; len(ids) == cache.length.
     """
 
-    def __init__(self, model: Model, n_ctx: int, n_batch: int = 256) -> None:
+    def __init__(self, model: Model, n_ctx: int, n_batch: int = 256, kv: str = "auto") -> None:
         self.model = model
-        self.cache: KVRing = model.new_cache(n_ctx, n_batch=n_batch)
+        self.cache: KVRing = model.new_cache(n_ctx, n_batch=n_batch, kv=kv)
         self.ids: list[int] = []
 
     def reset(self) -> None:

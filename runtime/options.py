@@ -15,7 +15,7 @@ from .generate import ContextOverflowError
 from .openai_shapes import LogProbs
 from .sampler import OptionError, SamplingOptions, check_seed
 
-KV_NOW, KV_LATER = ("f16",), ("q8", "q4")
+KV_NOW, KV_LATER = ("auto", "f16", "f32"), ("q8", "q4")
 MAX_LOGPROBS = 20
 # What generation_config.json calls our options
 FILE_OPTIONS = {
@@ -37,18 +37,21 @@ def check_arguments(
     ):  # fmt: skip
         if value is not None:
             _check_whole(name, value, least)
-    check_kv(kv)
+    ring_codec(kv)
     check_seed(seed)
 
 
-def check_kv(kv: Any) -> None:
-    """Check the codec of the cache: "auto", one codec, or "k=CODEC,v=CODEC". Raises OptionError."""
+def ring_codec(kv: Any) -> str:
+    """Return the codec of the ring that "auto", a codec, or "k=CODEC,v=CODEC" asks for. Raises OptionError."""
     match = re.fullmatch(r"(?:k=(\w+),v=(\w+)|(\w+))", kv) if isinstance(kv, str) else None
     wanted = {codec for codec in match.groups() if codec} if match else set()
-    if not wanted or wanted - {"auto", *KV_NOW, *KV_LATER}:
-        raise OptionError(f"kv must be auto, f16, q8, q4 or k=CODEC,v=CODEC, got {kv!r}")
+    if not wanted or wanted - {*KV_NOW, *KV_LATER}:
+        raise OptionError(f"kv must be auto, f16, f32, q8, q4 or k=CODEC,v=CODEC, got {kv!r}")
     if later := sorted(wanted & set(KV_LATER)):
         raise OptionError(f"kv: the codec {' and '.join(later)} is not available yet; use f16 or auto")
+    if len(wanted) > 1:
+        raise OptionError(f"kv: keys and values of different codecs are not available yet, got {kv!r}")
+    return wanted.pop()
 
 
 def check_max_tokens(max_tokens: Any) -> None:

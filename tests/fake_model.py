@@ -41,7 +41,7 @@ class FakeModel:
         self.calls: list[int] = []  # how many ids each call was given
         self.fail = False
 
-    def new_cache(self, n_ctx: int, sinks: int = 4, n_batch: int = 256) -> FakeRing:
+    def new_cache(self, n_ctx: int, sinks: int = 4, n_batch: int = 256, kv: str = "auto") -> FakeRing:
         return FakeRing(n_ctx, n_batch)
 
     def forward(

@@ -143,6 +143,8 @@ def test_a_named_format_goes_before_the_files_own() -> None:
         select_format({}, "alpaca")
     with pytest.raises(ChatFormatError, match=r"--chat-format.*--jinja.*--raw"):
         select_format({"template": "{{ messages }}"})
+    with pytest.raises(ChatFormatError, match=r"chat\.template is 7, expected a text"):
+        select_format({"template": 7})
     with pytest.raises(ChatFormatError, match="no chat template"):
         select_format({}, jinja=True)
 

@@ -3,51 +3,17 @@
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from runtime import BusyError, ContextOverflowError, Llama
-from runtime.chat_format import ChatFormatError
-from runtime.errors import BackendError, CacheError
-from runtime.sampler import OptionError
-from tests import tiny
-from tests.byte_tokenizer import ByteTokenizer
+from formats.errors import HeaderError
+from runtime import ContextOverflowError, Llama
+from runtime.options import defaults_of_file
 
 N_CTX = 96
-MESSAGES = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = {"vocab_size": ByteTokenizer().vocab_size, "max_seq_len": 256}
-    return tiny.write_trit(tmp_path_factory.mktemp("llama") / "tiny.trit", config)
-
-
-@pytest.fixture
-def open_llama(path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A function that opens the tiny model, with bytes as tokens; all are closed at the end."""
-    monkeypatch.setattr("runtime.llama.load_tokenizer", lambda file: ByteTokenizer(eos=["<|im_end|>"]))
-    opened: list[Llama] = []
-
-    def open_one(**options: Any) -> Llama:
-        defaults = {"backend": "numpy", "n_ctx": N_CTX, "activations": "f32", "chat_format": "chatml"}
-        opened.append(Llama(path, **{**defaults, **options}))
-        return opened[-1]
-
-    yield open_one
-    for llm in opened:
-        llm.close()
-
-
-@pytest.fixture
-def llm(open_llama: Any) -> Llama:
-    return open_llama()  # type: ignore[no-any-return]
+MESSAGES: list[dict[str, Any]] = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
 
 
 def text_of(answer: Any) -> str:
@@ -210,167 +176,17 @@ def test_stop_ids_and_stop_strings(llm: Llama) -> None:
     assert text_of(stopped) == "" and stopped["usage"]["completion_tokens"] == 3
 
 
-def test_the_files_generation_settings_are_the_defaults(path: Path, tmp_path: Path, open_llama: Any) -> None:
-    llm = open_llama()
-    assert llm.defaults == {}
+def test_the_files_generation_settings_are_the_defaults() -> None:
+    generation = {"temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.1, "top_k": None, "do_sample": True}
+    expected = {"temperature": 0.6, "top_p": 0.9, "repeat_penalty": 1.1}
+    assert defaults_of_file(generation, "x.trit") == expected and defaults_of_file(None, "x.trit") == {}
+    for wrong in ({"temperature": -1}, {"top_k": "many"}, [1]):
+        with pytest.raises(HeaderError, match=r"^x\.trit: generation"):
+            defaults_of_file(wrong, "x.trit")
+
+
+def test_options_that_are_given_go_before_the_defaults(llm: Llama) -> None:
     llm.defaults = {"temperature": 0.0}
     assert llm.sampler().options.temperature == 0 and llm.sampler(temperature=0.5).options.temperature == 0.5
 
 
-# ==== Errors ====
-
-
-@pytest.mark.parametrize(
-    ("options", "text"),
-    [
-        ({"n_ctx": 1}, "n_ctx must be a whole number, 2 or more, got 1"),
-        ({"n_ctx": "8"}, "n_ctx"),
-        ({"n_batch": 0}, "n_batch"),
-        ({"n_threads": 0}, "n_threads"),
-        ({"keep": N_CTX}, "keep must be less than the context of 96"),
-        ({"kv": "q8"}, "q8 is not available yet; use f16 or auto"),
-        ({"kv": "k=q4,v=q8"}, "q4 and q8 is not available yet"),
-        ({"kv": "q7"}, "kv must be auto, f16"),
-        ({"seed": -5}, "seed"),
-        ({"chat_format": "alpaca"}, "unknown chat format"),
-        ({"jinja": True, "chat_format": None}, "no chat template"),
-    ],
-)
-def test_bad_arguments(open_llama: Any, options: dict[str, Any], text: str) -> None:
-    with pytest.raises((OptionError, ChatFormatError), match=text):
-        open_llama(**options)
-
-
-def test_a_backend_that_cannot_be_had(open_llama: Any) -> None:
-    with pytest.raises(BackendError):
-        open_llama(backend="gpu")
-    with pytest.raises(FileNotFoundError):
-        Llama("no such file.trit")
-
-
-@pytest.mark.parametrize(
-    ("options", "text"),
-    [
-        ({"temperature": -1}, "temperature must be 0 or more"),
-        ({"max_tokens": -2}, "max_tokens"),
-        ({"max_tokens": 1.5}, "max_tokens"),
-        ({"stop": ""}, "stop must be"),
-        ({"stop": [3]}, "stop must be"),
-        ({"logprobs": 21}, "logprobs must be from 0 to 20, got 21"),
-        ({"seed": 2**32}, "seed"),
-        ({"prompt": ""}, "the prompt is empty"),
-        ({"prompt": [265]}, "there is no token 265; ids go from 0 to 264"),
-        ({"prompt": [-1]}, "there is no token -1"),
-        ({"prompt": [1.5]}, "a text or a list of token ids"),
-        ({"prompt": [[1]]}, "a text or a list of token ids"),
-    ],
-)
-def test_bad_options(llm: Llama, options: dict[str, Any], text: str) -> None:
-    with pytest.raises(OptionError, match=text):
-        llm.create_completion(**{"prompt": "x", **options})
-
-
-def test_unknown_options_are_type_errors(llm: Llama) -> None:
-    with pytest.raises(TypeError, match="tfs_z"):
-        llm.create_completion("x", tfs_z=1.0)  # type: ignore[call-arg]
-    with pytest.raises(TypeError, match="n"):
-        llm.create_chat_completion(MESSAGES, n=2)  # type: ignore[call-arg]
-    with pytest.raises(OptionError, match="top_logprobs needs logprobs"):
-        llm.create_chat_completion(MESSAGES, top_logprobs=2)
-
-
-def test_a_base_model_completes_but_does_not_chat(open_llama: Any) -> None:
-    base = open_llama(chat_format=None)
-    assert base.is_base
-    assert isinstance(text_of(base.create_completion("x", max_tokens=2)), str)
-    with pytest.raises(ChatFormatError, match="no chat template"):
-        base.create_chat_completion(MESSAGES)
-
-
-# ==== State ====
-
-
-def test_a_saved_state_goes_on_where_it_was(llm: Llama, open_llama: Any) -> None:
-    options: dict[str, Any] = {"max_tokens": 10, "temperature": 0}
-    llm.create_completion("a prompt of some length", **options)
-    state = llm.save_state()
-    expected = text_of(llm.create_completion("a prompt of some length, and more", **options))
-    other = open_llama()
-    other.load_state(state)
-    result: Any = other.create_completion("a prompt of some length, and more", **options)
-    assert result["usage"]["prompt_tokens_details"]["cached_tokens"] == len("a prompt of some length")
-    assert text_of(result) == expected
-    llm.reset()
-    fresh: Any = llm.create_completion("a prompt of some length, and more", **options)
-    assert fresh["usage"]["prompt_tokens_details"]["cached_tokens"] == 0 and text_of(fresh) == expected
-
-
-def test_damaged_and_foreign_states_change_nothing(llm: Llama, open_llama: Any, tmp_path: Path) -> None:
-    llm.create_completion("abcdef", max_tokens=2, temperature=0)
-    state = llm.save_state()
-    for cut in range(0, len(state), max(1, len(state) // 50)):
-        with pytest.raises(CacheError):
-            llm.load_state(state[:cut])
-        flipped = bytearray(state)
-        flipped[cut] ^= 1
-        with pytest.raises(CacheError):
-            llm.load_state(bytes(flipped))
-    assert llm.save_state() == state
-    with pytest.raises(CacheError, match="capacity"):
-        open_llama(n_ctx=N_CTX // 2).load_state(state)
-    with pytest.raises(CacheError, match="got str"):
-        llm.load_state("state")  # type: ignore[arg-type]
-    config = {"vocab_size": ByteTokenizer().vocab_size, "n_layers": 1}
-    with (
-        Llama(tiny.write_trit(tmp_path / "other.trit", config), backend="numpy") as stranger,
-        pytest.raises(CacheError, match="another model"),
-    ):
-        stranger.load_state(state)
-
-
-# ==== Threads, cancelling, closing ====
-
-
-def test_calls_from_several_threads_queue(llm: Llama) -> None:
-    prompts = [f"thread {i}" for i in range(4)]
-
-    def complete(prompt: str) -> str:
-        return text_of(llm.create_completion(prompt, max_tokens=8, temperature=0))
-
-    expected = [complete(prompt) for prompt in prompts]
-    with ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(complete, prompts * 2)) == expected * 2
-
-
-def test_a_stream_in_the_same_thread_must_end_first(llm: Llama) -> None:
-    stream: Any = llm.create_completion("ab", max_tokens=5, stream=True)
-    next(stream)
-    with pytest.raises(BusyError, match="still being streamed"):
-        llm.create_completion("cd", max_tokens=1)
-    stream.close()
-    llm.create_completion("cd", max_tokens=1)
-
-
-def test_cancelling(llm: Llama) -> None:
-    cancel = threading.Event()
-    cancel.set()
-    result: Any = llm.create_completion("abc", cancel=cancel)
-    assert result["choices"][0]["finish_reason"] == "cancelled" and text_of(result) == ""
-    seen: list[tuple[int, int]] = []
-    llm.create_completion("abc", max_tokens=0, progress=lambda done, total: seen.append((done, total)))
-    assert seen == [(3, 3)]
-
-
-def test_a_closed_llama_says_so(open_llama: Any) -> None:
-    llm = open_llama()
-    with llm as same:
-        assert same is llm
-    llm.close()
-    for call in (llm.save_state, llm.reset, lambda: llm("x"), lambda: llm.logits([1])):
-        with pytest.raises(ValueError, match="closed"):
-            call()
-
-
-def test_nothing_is_printed(llm: Llama, capfd: pytest.CaptureFixture[str]) -> None:
-    llm.create_completion("abc", max_tokens=3)
-    assert capfd.readouterr() == ("", "")

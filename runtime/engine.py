@@ -1,0 +1,226 @@
+"""A loaded model with one context: what every way of asking it shares."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+from .chat_format import ChatFormat, ChatFormatError, select_format
+from .chat_pieces import Message, check_messages
+from .generate import DEFAULT_SINKS, Run, Session, TextPiece, common_length, generate_text
+from .model import Model
+from .options import (
+    check_arguments,
+    check_max_tokens,
+    check_prompt,
+    check_stop,
+    defaults_of_file,
+    ring_codec,
+)
+from .sampler import OptionError, Sampler
+from .tokenizer import load_tokenizer
+
+logger = logging.getLogger("tritllama")
+
+DEFAULT_N_CTX = 4096
+DEFAULT_N_BATCH = 256
+
+Progress = Callable[[int, int], None]
+Self = TypeVar("Self", bound="Engine")
+
+
+class BusyError(RuntimeError):
+    """The thread that asks is itself in the middle of an answer: waiting for it would never end."""
+
+
+class Engine:
+    """A model, its tokenizer and chat format, one context, and a lock that lets one call at a time use it.
+
+    The arguments and errors are those of Llama. Here a run is prepared in one step and done in another,
+    which is how interactive programs use it.
+    """
+
+    def __init__(
+        self,
+        model_path: str | os.PathLike[str],
+        *,
+        n_ctx: int | None = None,
+        n_threads: int | None = None,
+        backend: str = "auto",
+        kv: str = "auto",
+        seed: int | None = None,
+        activations: str = "int8",
+        n_batch: int = DEFAULT_N_BATCH,
+        chat_format: str | None = None,
+        jinja: bool = False,
+        keep: int | None = None,
+    ) -> None:
+        check_arguments(n_ctx=n_ctx, n_batch=n_batch, n_threads=n_threads, kv=kv, keep=keep, seed=seed)
+        self.path = Path(model_path)
+        self.seed, self.keep, self._kv = seed, keep, ring_codec(kv)
+        self._lock = threading.Lock()
+        self._owner: int | None = None
+        self._closed = False
+        self.model = Model.load(self.path, backend=backend, n_threads=n_threads, activations=activations)
+        try:
+            self.config = self.model.config
+            self.tokenizer = load_tokenizer(self.model.file)
+            self.n_ctx = n_ctx or min(self.config.max_seq_len, DEFAULT_N_CTX)
+            if keep is not None and keep >= self.n_ctx:
+                raise OptionError(f"keep must be less than the context of {self.n_ctx} tokens, got {keep}")
+            if self.n_ctx > self.config.max_seq_len:
+                logger.warning("n_ctx is %d, the model was made for %d", self.n_ctx, self.config.max_seq_len)
+            self.defaults = defaults_of_file(self.model.file.header.get("generation"), str(self.path))
+            self._select_chat_format(chat_format, jinja)
+            self._session = Session(self.model, self.n_ctx, n_batch, self._kv)
+        except BaseException:
+            self.model.close()
+            raise
+
+    def tokenize(self, text: str, add_bos: bool = True, special: bool = False) -> list[int]:
+        """Return the ids of a text. add_bos: a BOS where the model's tokenizer adds one; special: read
+        control tokens written in the text as such, where otherwise they are plain text."""
+        self._check_open()
+        return self.tokenizer.encode(text, add_bos=add_bos and self.tokenizer.add_bos, special=special)
+
+    def detokenize(self, ids: Sequence[int], special: bool = False) -> str:
+        """Return the text of ids. special: write control tokens out, where otherwise they are left out."""
+        self._check_open()
+        return self.tokenizer.decode(ids, special=special)
+
+    def sampler(self, seed: int | None = None, **options: Any) -> Sampler:
+        """Make a sampler: options that are None come from the model's file. Raises OptionError."""
+        self._check_open()
+        given = {name: value for name, value in options.items() if value is not None}
+        return Sampler(seed=self.seed if seed is None else seed, **{**self.defaults, **given})
+
+    def prepare_chat(
+        self, messages: Sequence[Mapping[str, Any] | Message], sampler: Sampler, **options: Any
+    ) -> Run:
+        """Like `prepare`, for messages in the model's chat format."""
+        chat_format, checked = self.require_chat_format(), check_messages(messages)
+        ids = chat_format.encode(self.tokenizer, checked)
+        sinks = DEFAULT_SINKS
+        if self.keep is None:
+            system = [message for message in checked[:1] if message.role == "system"]
+            bare = chat_format.encode(self.tokenizer, [*system, Message("user", "")])
+            sinks = max(sinks, common_length(ids, bare))
+        run = self.prepare(ids, sampler, sinks=sinks, **options)
+        run.stop_ids = self.tokenizer.eos_ids | chat_format.stop_ids(self.tokenizer)
+        run.continuation = False
+        return run
+
+    def prepare(
+        self,
+        ids: Sequence[int],
+        sampler: Sampler,
+        *,
+        max_tokens: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        cancel: threading.Event | None = None,
+        progress: Progress | None = None,
+        sinks: int = DEFAULT_SINKS,
+        slide: bool = False,
+    ) -> Run:
+        """Check everything about a run before it starts.
+
+        slide: take a prompt longer than the context too, whose oldest tokens slide out, and with
+        max_tokens None let an answer be as long as the context.
+        """
+        self._check_open()
+        ids = check_prompt(ids, self.config.vocab_size, None if slide else self.n_ctx)
+        if max_tokens is None:
+            max_tokens = self.n_ctx if slide else max(1, self.n_ctx - len(ids))
+        check_max_tokens(max_tokens)
+        sinks = min(sinks, self.n_ctx // 2) if self.keep is None else self.keep
+        return Run(
+            ids, sampler, self.tokenizer.eos_ids, max_tokens, check_stop(stop),
+            sinks=sinks, cancel=cancel, progress=progress,
+        )  # fmt: skip
+
+    def pieces(self, run: Run) -> Iterator[TextPiece]:
+        """Do a run and yield its text as it comes; run.stats tells the rest."""
+        with self._exclusive():
+            yield from generate_text(self._session, self.tokenizer, run)
+
+    @property
+    def is_base(self) -> bool:
+        """Whether the model came without a chat template, and no chat format was named."""
+        return self.chat_format is None and not (self.model.file.header.get("chat") or {}).get("template")
+
+    def require_chat_format(self) -> ChatFormat:
+        """Return the chat format. Raises ChatFormatError if the model has none that can be used."""
+        if self.chat_format is None:
+            raise ChatFormatError(self._no_chat_format)
+        return self.chat_format
+
+    @property
+    def cache_nbytes(self) -> int:
+        """Bytes of the keys and values that the context can hold."""
+        return self._session.cache.nbytes
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the model's file: states and results name it."""
+        return str(self.model.file.fingerprint)
+
+    def reset(self) -> None:
+        """Empty the context."""
+        with self._exclusive():
+            self._session.reset()
+
+    def close(self) -> None:
+        """Give the memory back, once a running call has ended. Further calls raise ValueError."""
+        if self._closed:
+            return
+        with self._exclusive():
+            self._closed = True
+            del self._session
+            self.model.close()
+
+    def __enter__(self: Self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # ==== Private ====
+
+    def _select_chat_format(self, name: str | None, jinja: bool) -> None:
+        """Choose the chat format; that a file has none to use matters only once a chat is asked for."""
+        self.chat_format: ChatFormat | None = None
+        self._no_chat_format = (
+            "the model has no chat template: complete plain text, or name a chat format (--chat-format)"
+        )
+        try:
+            self.chat_format = select_format(self.model.file.header.get("chat") or {}, name, jinja)
+        except ChatFormatError as exc:
+            if name is not None or jinja:
+                raise
+            self._no_chat_format = str(exc)
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        """Hold the session; others wait. A thread that waited for its own stream would never wake."""
+        me = threading.get_ident()
+        if self._owner == me:
+            raise BusyError("an answer is still being streamed: read it to its end or close its iterator")
+        with self._lock:
+            self._check_open()
+            self._owner = me
+            try:
+                yield
+            finally:
+                self._owner = None
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ValueError("this Llama is closed")
