@@ -58,11 +58,20 @@ class ModelConfig:
         if values.get("architecture") != "llama":
             reader.fail("architecture", 'the architecture "llama"')
         config = cls(
-            **{name: reader.integer(name, limit) for name, limit in _INTEGERS.items()},
+            dim=reader.integer("dim", MAX_DIM),
+            hidden_dim=reader.integer("hidden_dim", MAX_DIM),
+            n_layers=reader.integer("n_layers", MAX_LAYERS),
+            n_heads=reader.integer("n_heads", MAX_DIM),
+            n_kv_heads=reader.integer("n_kv_heads", MAX_DIM),
+            head_dim=reader.integer("head_dim", MAX_HEAD_DIM),
+            vocab_size=reader.integer("vocab_size", MAX_CONTEXT),
+            max_seq_len=reader.integer("max_seq_len", MAX_CONTEXT),
             norm_eps=reader.number("norm_eps"),
             rope_theta=reader.number("rope_theta"),
             rope_scaling=_rope_scaling(values.get("rope_scaling"), path),
-            **{name: reader.flag(name) for name in ("tied_embeddings", "attention_bias", "mlp_bias")},
+            tied_embeddings=reader.flag("tied_embeddings"),
+            attention_bias=reader.flag("attention_bias"),
+            mlp_bias=reader.flag("mlp_bias"),
         )
         if config.n_heads % config.n_kv_heads:
             reader.fail("n_kv_heads", f"a divisor of n_heads = {config.n_heads}")
@@ -76,18 +85,6 @@ class ModelConfig:
         if self.rope_scaling:
             values["rope_scaling"] = dict(vars(self.rope_scaling))
         return {"architecture": "llama", **values}
-
-
-_INTEGERS = {
-    "dim": MAX_DIM,
-    "hidden_dim": MAX_DIM,
-    "n_layers": MAX_LAYERS,
-    "n_heads": MAX_DIM,
-    "n_kv_heads": MAX_DIM,
-    "head_dim": MAX_HEAD_DIM,
-    "vocab_size": MAX_CONTEXT,
-    "max_seq_len": MAX_CONTEXT,
-}
 
 
 class _Reader:
