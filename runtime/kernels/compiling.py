@@ -1,38 +1,50 @@
-"""Compile kernels when they are first needed, and keep the machine code between runs.
+"""Machine code for the kernels: compiled by Numba on first use, kept as object files, linked by LLVM from then on.
 
-The code is kept in one folder per version of the kernels' source, so that an edit to any of these files never meets
-machine code made from the old one (Numba itself looks at the file of the outermost function alone).
+A kernel is named by module and function. Where its object file is there already, neither Numba nor the module is
+imported, so that a program starts in a fraction of a second. The files lie in one folder per version of the kernels'
+source, of Numba and of the CPU: code made from an older source is never met.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import logging
 import os
 import platform
+import tempfile
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import zlib
+from collections.abc import Callable
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import llvmlite
-import numba
+import llvmlite.binding as llvm
 import platformdirs
-from numba import cfunc, njit
 
 log = logging.getLogger("tritllama")
 _lock = threading.RLock()
-_registry: list[Compiled] = []
-TASK = "void(intp, intp)"
+_SIGNATURE = "void(intp, intp)"  # of every kernel: address of the arguments, number of the unit
+_CHECKSUM = 4  # bytes at the end of an object file
 
 
-def cache_directory() -> Path | None:
-    """The folder for this version's machine code, or None where nothing can be written."""
-    digest = hashlib.sha256()
+@cache
+def cpu() -> tuple[str, str]:
+    """LLVM's name of the CPU to compile for, and its features as "+a,-b"; Numba's variables for both are respected."""
+    name = os.environ.get("NUMBA_CPU_NAME") or llvm.get_host_cpu_name()
+    features = os.environ.get("NUMBA_CPU_FEATURES")
+    return name, llvm.get_host_cpu_features().flatten() if features is None else features
+
+
+@cache
+def _folder() -> Path | None:
+    """Where this version's object files are kept, or None if nothing can be written."""
+    digest = hashlib.sha256(repr(cpu()).encode())
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.read_bytes())
-    versions = f"{numba.__version__}-{llvmlite.__version__}-{platform.python_version()}"
+    versions = f"{version('numba')}-{version('llvmlite')}-{platform.python_version()}-{platform.machine()}"
     root = os.environ.get("TRITLLAMA_CACHE") or platformdirs.user_cache_dir("tritllama", appauthor=False)
     folder = Path(root) / "kernels" / f"{digest.hexdigest()[:16]}-{versions}"
     try:
@@ -43,81 +55,86 @@ def cache_directory() -> Path | None:
     return folder if os.access(folder, os.W_OK) else None
 
 
-@contextmanager
-def _numba_cache(folder: Path | None) -> Iterator[bool]:
-    before = numba.config.CACHE_DIR
-    numba.config.CACHE_DIR = str(folder) if folder else before
+@cache
+def kernel(module: str, function: str) -> int:
+    """The address of `int f(void *result, void *error, intptr arguments, intptr unit)`, compiled if need be.
+
+    module: a file of this folder; function: one of its kernels. The two pointers are Numba's; any scratch will do.
+    """
+    with _lock:
+        folder = _folder()
+        file = folder / f"{module}.{function}.o" if folder else None
+        code = _read(file) if file else None
+        if code is None:
+            _announce()
+            code = _compile(module, function)
+            if file:
+                _write(file, code)
+        symbol, _, machine = code.partition(b"\n")
+        engine = _engine()
+        engine.add_object_file(llvm.ObjectFileRef.from_data(machine))
+        engine.finalize_object()
+        return int(engine.get_function_address(symbol.decode()))
+
+
+def _compile(module: str, function: str) -> bytes:
+    """The symbol's name, a newline, and the object file."""
+    from numba import njit
+
+    source = getattr(importlib.import_module(f".{module}", __package__), function)
+    compiled: Any = njit(_SIGNATURE, nogil=True, error_model="numpy")(source)
+    result = compiled.overloads[compiled.signatures[0]]
+    _name, kind, (machine, _bitcode) = result.library.serialize_using_object_code()
+    if kind != "object":
+        raise RuntimeError(f"Numba gave {kind!r} for {function}, not an object file")
+    return result.fndesc.llvm_func_name.encode() + b"\n" + machine
+
+
+@cache
+def _engine() -> Any:
+    """The linker of all kernels. It lives as long as the process, like the code in it."""
+    for initialize in ("initialize", "initialize_native_target", "initialize_native_asmprinter"):
+        if initialize != "initialize" or tuple(map(int, version("llvmlite").split(".")[:2])) < (0, 45):
+            getattr(llvm, initialize)()
+    name, features = cpu()
+    target = llvm.Target.from_default_triple()
+    machine = target.create_target_machine(cpu=name, features=features, jit=True)
+    return llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
+
+
+def _read(file: Path) -> bytes | None:
+    """An object file as it was written, or None if there is none or it is damaged."""
     try:
-        yield folder is not None
-    finally:
-        numba.config.CACHE_DIR = before
+        data = file.read_bytes()
+    except OSError:
+        return None
+    body = data[:-_CHECKSUM]
+    return body if zlib.crc32(body).to_bytes(_CHECKSUM, "little") == data[-_CHECKSUM:] else None
 
 
-class Compiled:
-    """A function that is compiled on its first use, for one fixed signature."""
-
-    def __init__(self, function: Callable[..., Any], signature: str) -> None:
-        self.function, self.signature = function, signature
-        self._ready: Any = None
-        _registry.append(self)
-
-    @property
-    def name(self) -> str:
-        return self.function.__name__.strip("_")
-
-    def compile(self) -> Any:
-        """Compile, or load what an earlier run kept."""
-        with _lock:
-            if self._ready is None:
-                _announce(self.function.__name__)
-                with _numba_cache(_folder()) as keep:
-                    if self.signature == TASK:
-                        self._ready = cfunc(TASK, cache=keep, error_model="numpy")(self.function)
-                    else:
-                        options = {"cache": keep, "nogil": True, "error_model": "numpy"}
-                        self._ready = njit(self.signature, **options)(self.function)
-            return self._ready
-
-    def __call__(self, *args: Any) -> Any:
-        return (self._ready or self.compile())(*args)
-
-    @property
-    def address(self) -> int:
-        """Of the C function (tasks only)."""
-        return int((self._ready or self.compile()).address)
+def _write(file: Path, code: bytes) -> None:
+    """Keep an object file; several processes may do so at once."""
+    try:
+        handle, name = tempfile.mkstemp(dir=file.parent, prefix=".")
+        with os.fdopen(handle, "wb") as out:
+            out.write(code + zlib.crc32(code).to_bytes(_CHECKSUM, "little"))
+        os.replace(name, file)
+    except OSError as error:
+        log.warning("compiled kernels cannot be kept: %s", error)
 
 
-_chosen: list[Path | None] = []
-_announced: list[bool] = []
-
-
-def _announce(name: str) -> None:
-    """Say once that there will be a wait, if the machine code is not there yet."""
-    folder = _folder()
-    if not _announced and not (folder and any(folder.rglob(f"*.{name}-*.nbi"))):
-        _announced.append(True)
-        log.info("compiling kernels for this CPU; this happens once and takes up to a minute")
-
-
-def _folder() -> Path | None:
-    if not _chosen:
-        _chosen.append(cache_directory())
-    return _chosen[0]
-
-
-def compiled(signature: str) -> Callable[[Callable[..., Any]], Compiled]:
-    """Decorate a function that runs without the GIL; nothing is compiled before it is called."""
-    return lambda function: Compiled(function, signature)
-
-
-def task(function: Callable[[int, int], None]) -> Compiled:
-    """Decorate a pool task: `function(arguments, unit)`, both integers, the first an address."""
-    return Compiled(function, TASK)
+@cache
+def _announce() -> None:
+    """Say once that there is a wait."""
+    log.info("compiling kernels for this CPU; this happens once and takes up to a minute")
 
 
 def compile_all(progress: Callable[[int, int, str], None] | None = None) -> None:
     """Have every kernel ready. progress is called with (done, total, name) before each."""
-    for i, item in enumerate(_registry):
+    from .words import KERNELS
+
+    every = [(module, function) for module, functions in KERNELS.items() for function in functions]
+    for i, (module, function) in enumerate(every):
         if progress:
-            progress(i, len(_registry), item.name)
-        item.compile()
+            progress(i, len(every), f"{module}.{function}")
+        kernel(module, function)

@@ -6,17 +6,34 @@ import numpy as np
 from numba import njit
 
 from . import simd
-from .compiling import task
 from .numba_math import exp, word
 from .simd import fma, load_f32, read_f32, splat_f32, store_f32
+from .words import (
+    AT_COS,
+    AT_COS_SINK,
+    AT_HEAD_DIM,
+    AT_HEADS,
+    AT_K,
+    AT_KEYS,
+    AT_KV_HEADS,
+    AT_OUT,
+    AT_PADDED,
+    AT_Q,
+    AT_Q_SINK,
+    AT_SCALE,
+    AT_SIN,
+    AT_SIN_SINK,
+    AT_SINKS,
+    AT_SLOTS,
+    AT_START,
+    AT_V,
+    AT_VALUES,
+    AT_WINDOW,
+)
 
 SLOTS = 64  # cached tokens in one attention block
 
 # ==== RoPE (Su et al., 2021) and the append to the ring ====
-
-(AT_N, AT_HEADS, AT_KV_HEADS, AT_HEAD_DIM, AT_PADDED, AT_SLOTS, AT_SINKS, AT_WINDOW, AT_START) = range(9)
-(AT_Q, AT_Q_SINK, AT_K, AT_V, AT_COS, AT_SIN, AT_COS_SINK, AT_SIN_SINK) = range(9, 17)
-(AT_KEYS, AT_VALUES, AT_OUT, AT_SCALE, AT_WORDS) = range(17, 22)
 
 
 @njit(forceinline=True)
@@ -182,24 +199,17 @@ def _attention(wide, job, unit):
 # ==== Tasks: one for each codec of the ring ====
 
 
-@task
 def rope_append_f16(job, token):
     _rope_append(False, job, token)
 
 
-@task
 def rope_append_f32(job, token):
     _rope_append(True, job, token)
 
 
-@task
 def attention_f16(job, unit):
     _attention(False, job, unit)
 
 
-@task
 def attention_f32(job, unit):
     _attention(True, job, unit)
-
-
-RING_TASKS = {"f16": (rope_append_f16, attention_f16), "f32": (rope_append_f32, attention_f32)}

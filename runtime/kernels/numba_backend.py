@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import Any
 
-import numba
 import numpy as np
 
 from formats import Tensor
 
 from ..cache import KVRing
-from . import numba_attention as att
-from . import numba_dense, numba_trits
-from . import numba_jobs as mm
-from . import numba_layers as layers
-from .base import GROUPED
+from . import words as w
+from .base import ACT_BLOCK, GROUPED
+from .compiling import cpu, kernel
 from .pool import Pool, usable_cores
-from .vectors import cpu_features
 
 _ROUNDING = {"float32": 0, "float16": 1, "bfloat16": 2}
 _TABLE = 32  # entries of a lookup table
@@ -47,8 +44,8 @@ class _Workspace:
         if n <= self.n and blocks <= self.blocks:
             return
         self.n, self.blocks = max(n, self.n), max(blocks, self.blocks)
-        self.padded = _aligned((self.n, self.blocks * mm.BLOCK), np.float32)
-        self.quants = _aligned((self.blocks, self.n, mm.BLOCK), np.int8)
+        self.padded = _aligned((self.n, self.blocks * ACT_BLOCK), np.float32)
+        self.quants = _aligned((self.blocks, self.n, ACT_BLOCK), np.int8)
         self.sums = _aligned((self.blocks, self.n, 5), np.int32)
         self.scales = _aligned((self.blocks, self.n), np.float32)
         self.addresses = (
@@ -65,18 +62,18 @@ class _Job:
 
     def __init__(self, task: int, tensors: Sequence[Tensor], biases: Sequence[np.ndarray | None]) -> None:
         self.task, self.units = task, 0
-        self.words = np.zeros(mm.HEAD + mm.MATRIX * len(tensors), np.int64)
+        self.words = np.zeros(w.HEAD + w.MATRIX * len(tensors), np.int64)
         self.base = _address(self.words)
-        self.words[mm.WIDTH], self.words[mm.MATRICES] = tensors[0].shape[1], len(tensors)
-        self.matrices = [self.words[mm.HEAD + mm.MATRIX * i :][: mm.MATRIX] for i in range(len(tensors))]
+        self.words[w.WIDTH], self.words[w.MATRICES] = tensors[0].shape[1], len(tensors)
+        self.matrices = [self.words[w.HEAD + w.MATRIX * i :][: w.MATRIX] for i in range(len(tensors))]
         self._keep: list[Any] = [tensors, biases]  # what the addresses point to
         for words, tensor, bias in zip(self.matrices, tensors, biases, strict=True):
-            words[mm.FIRST], words[mm.OUTPUTS] = self.units, tensor.shape[0]
-            words[mm.OUT_STRIDE] = tensor.shape[0] * 4
-            words[mm.BIAS] = self._pin(bias) if bias is not None else 0
-            words[mm.ROUND] = _ROUNDING[tensor.params.get("dtype", "float32")]
+            words[w.FIRST], words[w.OUTPUTS] = self.units, tensor.shape[0]
+            words[w.OUT_STRIDE] = tensor.shape[0] * 4
+            words[w.BIAS] = self._pin(bias) if bias is not None else 0
+            words[w.ROUND] = _ROUNDING[tensor.params.get("dtype", "float32")]
             self._describe(words, tensor)
-            self.units += -(-tensor.shape[0] // mm.UNIT_ROWS)
+            self.units += -(-tensor.shape[0] // w.UNIT_ROWS)
 
     def _pin(self, array: np.ndarray) -> int:
         self._keep.append(array)
@@ -91,19 +88,19 @@ class _Job:
         """Fill in what depends on the codec."""
         parts, params = tensor.parts, tensor.params
         if tensor.codec in GROUPED:
-            words[mm.DATA], words[mm.TABLE] = _address(parts["blocks"]), self._table(parts["units"])
+            words[w.DATA], words[w.TABLE] = _address(parts["blocks"]), self._table(parts["units"])
         elif tensor.codec == "nf4":
-            words[mm.DATA], words[mm.TABLE] = _address(parts["codes"]), self._table(parts["levels"])
-            words[mm.AUX], words[mm.BLOCK_SIZE] = _address(parts["absmax"]), params["block"]
+            words[w.DATA], words[w.TABLE] = _address(parts["codes"]), self._table(parts["levels"])
+            words[w.AUX], words[w.BLOCK_SIZE] = _address(parts["absmax"]), params["block"]
             if params["nested_block"]:
-                words[mm.AUX2] = _address(parts["nested_absmax"])
+                words[w.AUX2] = _address(parts["nested_absmax"])
                 nested = np.zeros(4 + 256, np.float32)  # block size as int64, offset, padding, 256 levels
                 nested[:2].view(np.int64)[0] = params["nested_block"]
                 nested[2], nested[4:] = parts["offset"][0], parts["nested_levels"]
-                words[mm.AUX3] = self._pin(nested)
+                words[w.AUX3] = self._pin(nested)
         else:
-            words[mm.DATA] = _address(parts["values"])
-            words[mm.AUX] = _address(parts["scales"]) if tensor.codec == "q8" else 0
+            words[w.DATA] = _address(parts["values"])
+            words[w.AUX] = _address(parts["scales"]) if tensor.codec == "q8" else 0
 
 
 class NumbaLinear:
@@ -128,11 +125,11 @@ class NumbaLinear:
         space.reserve(n, self._width)
         for i, (job, which) in enumerate(self._jobs):
             words = job.words
-            words[mm.N], words[mm.X], words[mm.X_STRIDE] = n, _address(x), x.strides[0]
-            words[mm.PADDED : mm.SCALES + 1] = space.addresses
-            words[mm.INT8], words[mm.ADD] = self._int8, add
+            words[w.N], words[w.X], words[w.X_STRIDE] = n, _address(x), x.strides[0]
+            words[w.PADDED : w.SCALES + 1] = space.addresses
+            words[w.INT8], words[w.ADD] = self._int8, add
             for matrix, k in zip(job.matrices, which, strict=True):
-                matrix[mm.OUT] = _address(outs[k])
+                matrix[w.OUT] = _address(outs[k])
             if i == 0:
                 pool.run(self._kernels.pack_task, job.base, n)
             pool.run(job.task, job.base, job.units)
@@ -140,9 +137,9 @@ class NumbaLinear:
 
 def _task_address(tensor: Tensor, int8: bool) -> int:
     if tensor.codec in GROUPED:
-        return numba_trits.TASKS[int8][int(tensor.codec[4:]) - 1].address
+        return kernel("numba_trits", f"{tensor.codec}_{'int8' if int8 else 'f32'}")
     nested = tensor.codec == "nf4" and tensor.params["nested_block"]
-    return numba_dense.TASKS["nf4_nested" if nested else tensor.codec].address
+    return kernel("numba_dense", "nf4_nested" if nested else tensor.codec)
 
 
 class NumbaKernels:
@@ -154,17 +151,18 @@ class NumbaKernels:
         self.int8 = int8
         self.pool = Pool(n_threads or usable_cores())
         self.workspace = _Workspace()
-        self.pack_task = mm.pack_activations.address
-        self._norm_job = np.zeros(5, np.int64)
-        self._glu_job = np.zeros(3, np.int64)
-        self._attention_job = np.zeros(att.AT_WORDS, np.int64)
+        self.pack_task = kernel("numba_jobs", "pack_activations")
+        self._rmsnorm, self._swiglu = kernel("numba_layers", "rmsnorm"), kernel("numba_layers", "swiglu")
+        self._norm_job = np.zeros(w.NORM_WORDS, np.int64)
+        self._glu_job = np.zeros(w.GLU_WORDS, np.int64)
+        self._attention_job = np.zeros(w.AT_WORDS, np.int64)
         self._keep: Any = None
 
     def describe(self) -> str:
-        features = cpu_features()
+        features = cpu()[1].split(",")
         known = ("avx512vnni", "avxvnni", "avx512f", "avx2", "dotprod", "neon")
-        best = next((name for name in known if name in features), "plain vectors")
-        return f"numba {numba.__version__} ({best}), {self.pool.n_threads} threads"
+        best = next((name for name in known if f"+{name}" in features), "plain vectors")
+        return f"numba {version('numba')} ({best}), {self.pool.n_threads} threads"
 
     def linear(self, tensors: Sequence[Tensor], biases: Sequence[np.ndarray | None]) -> NumbaLinear:
         return NumbaLinear(self, tensors, biases)
@@ -172,13 +170,13 @@ class NumbaKernels:
     def rmsnorm(self, x: np.ndarray, gain: np.ndarray, eps: float, out: np.ndarray) -> None:
         job = self._norm_job
         job[:4] = _address(x), _address(gain), _address(out), x.shape[1]
-        job[layers.NORM_EPS :].view(np.float32)[0] = eps
-        self.pool.run(layers.rmsnorm.address, _address(job), len(x))
+        job[w.NORM_EPS :].view(np.float32)[0] = eps
+        self.pool.run(self._rmsnorm, _address(job), len(x))
 
     def swiglu(self, gate: np.ndarray, up: np.ndarray) -> None:
         job = self._glu_job
         job[:] = _address(gate), _address(up), gate.shape[1]
-        self.pool.run(layers.swiglu.address, _address(job), len(gate))
+        self.pool.run(self._swiglu, _address(job), len(gate))
 
     def rope_append(
         self,
@@ -191,18 +189,20 @@ class NumbaKernels:
         layer: int,
     ) -> None:
         job = self._attend_to(q, q_sink, ring, layer)
-        job[att.AT_K], job[att.AT_V] = _address(k), _address(v)
-        job[att.AT_COS : att.AT_SIN_SINK + 1] = [_address(part) for part in turns]
-        self.pool.run(att.RING_TASKS[ring.codec][0].address, _address(job), len(q))
+        job[w.AT_K], job[w.AT_V] = _address(k), _address(v)
+        job[w.AT_COS : w.AT_SIN_SINK + 1] = [_address(part) for part in turns]
+        self.pool.run(kernel("numba_attention", f"rope_append_{ring.codec}"), _address(job), len(q))
 
     def attention(self, q: np.ndarray, q_sink: np.ndarray, ring: KVRing, layer: int, out: np.ndarray) -> None:
         job = self._attend_to(q, q_sink, ring, layer)
-        job[att.AT_OUT] = _address(out)
-        self.pool.run(att.RING_TASKS[ring.codec][1].address, _address(job), len(q) * ring.config.n_kv_heads)
+        job[w.AT_OUT] = _address(out)
+        self.pool.run(
+            kernel("numba_attention", f"attention_{ring.codec}"), _address(job), len(q) * ring.config.n_kv_heads
+        )
 
     def _attend_to(self, q: np.ndarray, q_sink: np.ndarray, ring: KVRing, layer: int) -> np.ndarray:
         job, config = self._attention_job, ring.config
-        job[: att.AT_Q] = (
+        job[: w.AT_Q] = (
             len(q),
             config.n_heads,
             config.n_kv_heads,
@@ -213,10 +213,10 @@ class NumbaKernels:
             ring.capacity,
             ring.length,
         )
-        job[att.AT_Q], job[att.AT_Q_SINK] = _address(q), _address(q_sink)
-        job[att.AT_KEYS] = _address(ring.layers[layer].keys)
-        job[att.AT_VALUES] = _address(ring.layers[layer].values)
-        job[att.AT_SCALE :].view(np.float32)[0] = 1 / math.sqrt(config.head_dim)
+        job[w.AT_Q], job[w.AT_Q_SINK] = _address(q), _address(q_sink)
+        job[w.AT_KEYS] = _address(ring.layers[layer].keys)
+        job[w.AT_VALUES] = _address(ring.layers[layer].values)
+        job[w.AT_SCALE :].view(np.float32)[0] = 1 / math.sqrt(config.head_dim)
         return job
 
     def close(self) -> None:

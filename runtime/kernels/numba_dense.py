@@ -6,25 +6,10 @@ import numpy as np
 from numba import njit
 
 from . import simd
-from .compiling import task
-from .numba_jobs import (
-    AUX,
-    AUX2,
-    AUX3,
-    BLOCK_SIZE,
-    DATA,
-    PADDED,
-    PADDED_STRIDE,
-    ROUND,
-    TABLE,
-    WIDTH,
-    N,
-    emit,
-    matrix_of,
-    rows_of,
-)
+from .numba_jobs import emit, matrix_of, rows_of
 from .numba_math import word
 from .simd import fma, load_f32, read_f32, read_i64, splat_f32
+from .words import AUX, AUX2, AUX3, BLOCK_SIZE, DATA, PADDED, PADDED_STRIDE, ROUND, TABLE, WIDTH, N
 
 F32, F16, BF16, Q8, NF4, NF4_NESTED = range(6)
 
@@ -159,34 +144,25 @@ def _dense_unit(codec, job, unit):
 # ==== Tasks: one for each codec, so that only what a model needs is compiled ====
 
 
-@task
 def f32(job, unit):
     _dense_unit(F32, job, unit)
 
 
-@task
 def f16(job, unit):
     _dense_unit(F16, job, unit)
 
 
-@task
 def bf16(job, unit):
     _dense_unit(BF16, job, unit)
 
 
-@task
 def q8(job, unit):
     _dense_unit(Q8, job, unit)
 
 
-@task
 def nf4(job, unit):
     _dense_unit(NF4, job, unit)
 
 
-@task
 def nf4_nested(job, unit):
     _dense_unit(NF4_NESTED, job, unit)
-
-
-TASKS = {"f32": f32, "f16": f16, "bf16": bf16, "q8": q8, "nf4": nf4, "nf4_nested": nf4_nested}

@@ -12,18 +12,32 @@ from numba import njit
 
 from . import simd
 from .base import ACT_BLOCK as BLOCK
-from .compiling import task
 from .numba_math import word
 from .simd import load_f32, read_f32, store_f32
+from .words import (
+    ADD,
+    BIAS,
+    FIRST,
+    HEAD,
+    INT8,
+    MATRICES,
+    MATRIX,
+    OUT,
+    OUT_STRIDE,
+    OUTPUTS,
+    PADDED,
+    PADDED_STRIDE,
+    QUANTS,
+    SCALES,
+    SUMS,
+    UNIT_ROWS,
+    WIDTH,
+    X_STRIDE,
+    N,
+    X,
+)
 
-UNIT_ROWS = 64  # rows that a pool unit computes
 
-# A job is a list of int64 words: these, then MATRIX words for each matrix.
-N, WIDTH, X, X_STRIDE, PADDED, PADDED_STRIDE, QUANTS, SUMS, SCALES, INT8, ADD, MATRICES, HEAD = range(13)
-FIRST, OUT, OUT_STRIDE, OUTPUTS, DATA, TABLE, AUX, AUX2, AUX3, BLOCK_SIZE, BIAS, ROUND, MATRIX = range(13)
-
-
-@task
 def pack_activations(job, token):
     """Copy one token's inputs to a zero-padded row and, if int8 is wanted, quantise it in blocks of 80.
 

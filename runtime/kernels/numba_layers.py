@@ -8,16 +8,13 @@ import numpy as np
 from numba import njit
 
 from . import simd
-from .compiling import task
 from .numba_math import exp, word
 from .simd import fma, load_f32, read_f32, splat_f32, store_f32
+from .words import GLU_DIM, GLU_GATE, GLU_UP, NORM_DIM, NORM_EPS, NORM_GAIN, NORM_OUT, NORM_X
 
 # ==== RMSNorm (Zhang and Sennrich, 2019) and SwiGLU (Shazeer, 2020) ====
 
-NORM_X, NORM_GAIN, NORM_OUT, NORM_DIM, NORM_EPS = range(5)
 
-
-@task
 def rmsnorm(job, token):
     """out = x / sqrt(mean(x^2) + eps) * gain for one token."""
     dim = word(job, NORM_DIM)
@@ -38,16 +35,12 @@ def rmsnorm(job, token):
         simd.write_f32(out, i * 4, read_f32(x, i * 4) * scale * read_f32(gain, i * 4))
 
 
-GLU_GATE, GLU_UP, GLU_DIM = range(3)
-
-
 @njit(forceinline=True)
 def _silu_times(gate, up):
     negative = simd.minimum(gate * np.float32(-1.0), splat_f32(np.float32(88.0)))
     return gate / (exp(negative) + np.float32(1.0)) * up
 
 
-@task
 def swiglu(job, token):
     """gate = silu(gate) * up for one token, in place."""
     dim = word(job, GLU_DIM)

@@ -10,25 +10,10 @@ import numpy as np
 from numba import njit
 
 from . import simd
-from .compiling import task
-from .numba_jobs import (
-    BLOCK,
-    DATA,
-    PADDED,
-    PADDED_STRIDE,
-    QUANTS,
-    ROUND,
-    SCALES,
-    SUMS,
-    TABLE,
-    WIDTH,
-    N,
-    emit,
-    matrix_of,
-    rows_of,
-)
+from .numba_jobs import BLOCK, emit, matrix_of, rows_of
 from .numba_math import word
 from .simd import fma, load_f32, read_f32, read_i32, splat_f32, splat_i32, splat_quad, store_f32, to_f32
+from .words import DATA, PADDED, PADDED_STRIDE, QUANTS, ROUND, SCALES, SUMS, TABLE, WIDTH, N
 
 ROWS = 16
 TOKENS = 256  # tokens that share one decoding of the weights
@@ -187,47 +172,33 @@ def _trit_unit(depth, int8, job, unit):
 # ==== Tasks: one for each depth, so that only what a model needs is compiled ====
 
 
-@task
 def trit1_int8(job, unit):
     _trit_unit(1, True, job, unit)
 
 
-@task
 def trit2_int8(job, unit):
     _trit_unit(2, True, job, unit)
 
 
-@task
 def trit3_int8(job, unit):
     _trit_unit(3, True, job, unit)
 
 
-@task
 def trit4_int8(job, unit):
     _trit_unit(4, True, job, unit)
 
 
-@task
 def trit1_f32(job, unit):
     _trit_unit(1, False, job, unit)
 
 
-@task
 def trit2_f32(job, unit):
     _trit_unit(2, False, job, unit)
 
 
-@task
 def trit3_f32(job, unit):
     _trit_unit(3, False, job, unit)
 
 
-@task
 def trit4_f32(job, unit):
     _trit_unit(4, False, job, unit)
-
-
-TASKS = {
-    True: (trit1_int8, trit2_int8, trit3_int8, trit4_int8),
-    False: (trit1_f32, trit2_f32, trit3_f32, trit4_f32),
-}

@@ -11,11 +11,12 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
-import llvmlite.binding as llvm
 from llvmlite import ir
-from numba import config, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, lower_builtin, models, register_model, type_callable
+
+from .compiling import cpu
 
 LANES = 16
 
@@ -49,12 +50,8 @@ class _VectorModel(models.PrimitiveModel):
 
 
 def cpu_features() -> set[str]:
-    """LLVM names of the features that compiled code may use here (NUMBA_CPU_FEATURES and NUMBA_CPU_NAME respected)."""
-    if config.CPU_FEATURES is not None:
-        return {item[1:] for item in str(config.CPU_FEATURES).split(",") if item.startswith("+")}
-    if config.CPU_NAME not in (None, "host"):
-        return set()
-    return {name for name, present in llvm.get_host_cpu_features().items() if present}
+    """LLVM names of the features that compiled code may use."""
+    return {item[1:] for item in cpu()[1].split(",") if item.startswith("+")}
 
 
 # ==== Emitting LLVM ====
