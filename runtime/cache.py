@@ -49,6 +49,7 @@ class KVRing:
             raise CacheError(f"a chunk has {chunk} tokens; it must have 1 or more")
         self.config, self.capacity, self.chunk = config, capacity, chunk
         self.codec, self.length, self.sinks = codec, 0, sinks
+        self._oldest = 0  # from this position on everything is still stored; it stays when tokens are taken back
         # While a chunk is appended its first token must still see what its last one pushes out of the window.
         self.slots = capacity + chunk - 1
         self.padded = -(-config.head_dim // 16) * 16
@@ -95,6 +96,7 @@ class KVRing:
     def advance(self, n: int) -> None:
         """Count n tokens whose keys and values have been written."""
         self.length += n
+        self._oldest = max(self._oldest, self.length - (self.slots - self.sinks))
 
     def trim(self, n: int) -> None:
         """Forget all but the first n tokens, as if the others had never been appended.
@@ -103,15 +105,16 @@ class KVRing:
         """
         if not 0 <= n <= self.length:
             raise CacheError(f"cannot keep {n} tokens of {self.length}")
-        oldest_stored = max(self.sinks, self.length - (self.slots - self.sinks))
         oldest_needed = max(self.sinks, n + 1 - (self.capacity - self.sinks))
-        if n > self.sinks and oldest_needed < oldest_stored:
+        if n > self.sinks and oldest_needed < self._oldest:
             raise CacheError(f"cannot go back to {n} tokens: some of those it would see have slid out of the ring")
         self.length = n
+        if n <= self.sinks:
+            self._oldest = 0
 
     def reset(self) -> None:
         """Forget everything."""
-        self.length = 0
+        self.length = self._oldest = 0
 
     # ==== State ====
 
@@ -133,7 +136,8 @@ class KVRing:
             raise CacheError("the saved state is damaged, or was not written by this version")
         head, _, planes = body.partition(b"\n")
         saved = json.loads(head)
-        expected = {**self._geometry(), "length": saved.get("length"), "sinks": saved.get("sinks")}
+        free = {key: saved.get(key) for key in ("length", "oldest", "sinks")}
+        expected = {**self._geometry(), **free}
         if saved != expected:
             other = next(key for key in expected if saved.get(key) != expected[key])
             raise CacheError(f"the saved state has {other} = {saved.get(other)}, this context has {expected[other]}")
@@ -148,7 +152,7 @@ class KVRing:
         parts = [part for layer in self.layers for part in (layer.keys, layer.values)]
         for i, part in enumerate(parts):
             part[:, :used] = np.frombuffer(planes, dtype, size // dtype.itemsize, i * size).reshape(shape)
-        self.length = saved["length"]
+        self.length, self._oldest = saved["length"], saved["oldest"]
 
     def _geometry(self) -> dict[str, int | str]:
         config = self.config
@@ -161,4 +165,5 @@ class KVRing:
             "chunk": self.chunk,
             "sinks": self.sinks,
             "length": self.length,
+            "oldest": self._oldest,
         }
