@@ -30,6 +30,7 @@ MAX_DEPTH = 32
 MAX_NAME = 256
 MAX_WEIGHTS = 1 << 48
 MAX_INT = 1 << 63
+FEATURES = ("kv_modules",)
 SECTIONS = ("config", "tokenizer", "chat", "generation", "licence", "source")
 
 _OTHER_FORMATS = (
@@ -105,9 +106,7 @@ def _read_checked(file: BinaryIO, size: int, path: str) -> bytes:
     _, version, length = PREFIX.unpack(prefix)
     if version != VERSION:
         hint = "update tritllama" if version > VERSION else "convert the model again"
-        raise UnsupportedVersionError(
-            path, f"format version {version}; this program reads version {VERSION}; {hint}"
-        )
+        raise UnsupportedVersionError(path, f"format version {version}; this program reads version {VERSION}; {hint}")
     if not 0 < length <= MAX_HEADER:
         raise HeaderError(path, f"header length {length}; allowed are 1 to {MAX_HEADER} bytes")
     checked_span(path, PREFIX.size, length + 4, size, "the header")
@@ -162,9 +161,7 @@ def parse_json(data: bytes, path: str) -> Any:
 
     try:
         text = data.decode("utf-8")
-        value = json.loads(
-            text, object_pairs_hook=pairs, parse_int=integer, parse_float=real, parse_constant=real
-        )
+        value = json.loads(text, object_pairs_hook=pairs, parse_int=integer, parse_float=real, parse_constant=real)
     except UnicodeDecodeError as e:
         raise HeaderError(path, f"the header is not UTF-8 ({e.reason} at byte {e.start})") from e
     except json.JSONDecodeError as e:
@@ -206,8 +203,20 @@ def check_sections(header: dict[str, Any], path: str) -> None:
     required = header.get("requires", [])
     if not isinstance(required, list):
         raise HeaderError(path, f"'requires' is {_kind(required)}; expected a list")
-    if required:
-        raise UnsupportedError(path, f"it needs feature {required[0]!r:.80}; update tritllama")
+    if unknown := [feature for feature in required if feature not in FEATURES]:
+        raise UnsupportedError(path, f"it needs feature {unknown[0]!r:.80}; update tritllama")
+    for feature in FEATURES:
+        _check_feature(header, feature, path)
+
+
+def _check_feature(header: dict[str, Any], feature: str, path: str) -> None:
+    """A feature has a section of its name, a list; the one is there exactly when the other is."""
+    section, required = header.get(feature), feature in header.get("requires", [])
+    if section is not None and not (isinstance(section, list) and section):
+        raise HeaderError(path, f"{feature!r} is {section!r:.80}; expected a list that is not empty")
+    if required != (section is not None):
+        what = "is required, but missing" if required else "is there, but 'requires' does not name it"
+        raise HeaderError(path, f"the section {feature!r} {what}; convert the model again")
 
 
 def _check_table(table: Any, start: int, path: str) -> list[Entry]:
@@ -264,9 +273,7 @@ def _check_entry(line: Any, index: int, path: str) -> Entry:
             f"nbytes is {line['nbytes']}; codec {line['codec']} with shape {line['shape']} takes {nbytes}",
             name,
         )
-    return Entry(
-        name, line["codec"], tuple(line["shape"]), line["params"], line["offset"], nbytes, line["crc32"]
-    )
+    return Entry(name, line["codec"], tuple(line["shape"]), line["params"], line["offset"], nbytes, line["crc32"])
 
 
 def check_layout(codec: str, shape: list[int], params: dict[str, Any], path: str, name: str) -> int:
