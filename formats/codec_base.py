@@ -51,8 +51,12 @@ class Codec(ABC):
         """Give all values: float32 of `shape`."""
         out = np.empty(shape, np.float32)
         for start, stop in row_chunks(shape):
-            out[start:stop] = self.dequantize_rows(parts, shape, params, np.arange(start, stop))
+            out[start:stop] = self.dequantize_range(parts, shape, params, start, stop)
         return out
+
+    def dequantize_range(self, parts: Parts, shape: Shape, params: Params, start: int, stop: int) -> np.ndarray:
+        """Give the rows start..stop: (stop - start, ...) float32."""
+        return self.dequantize_rows(parts, shape, params, np.arange(start, stop))
 
     def problems(self, parts: Parts, shape: Shape, params: Params) -> Iterator[str]:
         """Name the values in the parts that no writer puts there; the default looks for NaN and infinity."""

@@ -45,6 +45,7 @@ class Planned:
 
     name: str
     codec: str
+    params: dict[str, Any]
     shape: tuple[int, ...]
     nbytes: int
     source: SourceTensor | None = None
@@ -103,7 +104,7 @@ def convert(
     plan = make_plan(source, quant, embed)
     weights = sum(prod(item.shape) for item in plan if item.source is not None)
     nbytes = sum(align(item.nbytes) for item in plan)
-    summary = Summary(path, plan, weights, nbytes, list(source.notes))
+    summary = Summary(path, plan, weights, nbytes, [*source.notes, *_notes(plan)])
     if dry_run:
         return summary
     _check_output(source, path, nbytes, overwrite)
@@ -146,29 +147,39 @@ def make_plan(source: Source, quant: str, embed: str) -> list[Planned]:
     Raises SourceError, UnsupportedError.
     """
     plan = [
-        Planned(name, "u8", (len(data),), len(data), None, data)
+        Planned(name, "u8", {}, (len(data),), len(data), None, data)
         for name, data in sorted(source.blobs.items())
     ]
     for name in expected_tensors(source.config):
         tensor = source.tensors[name]
-        codec = _codec_of(tensor, embed if name in EMBEDDINGS else quant)
-        nbytes = payload_nbytes(codec, tensor.shape, OPTIONS.get(codec, {}))
-        plan.append(Planned(name, codec, tensor.shape, nbytes, tensor))
+        codec, params = _codec_of(tensor, embed if name in EMBEDDINGS else quant)
+        nbytes = payload_nbytes(codec, tensor.shape, params)
+        plan.append(Planned(name, codec, params, tensor.shape, nbytes, tensor))
     return plan
 
 
-def _codec_of(tensor: SourceTensor, wanted: str) -> str:
+def _notes(plan: list[Planned]) -> list[str]:
+    """Say so where a source's own quantisation is thrown away."""
+    again = [i.source.dtype for i in plan if i.source and i.source.carried and i.source.carried.codec != i.codec]
+    if not again:
+        return []
+    return [f"{len(again)} tensors are dequantised from {again[0]} and quantised again; --quant keep loses nothing"]
+
+
+def _codec_of(tensor: SourceTensor, wanted: str) -> tuple[str, dict[str, Any]]:
+    if tensor.carried and wanted in (KEEP, tensor.carried.codec):
+        return tensor.carried.codec, tensor.carried.params
     if len(tensor.shape) == 1:
-        return _vector_codec(tensor)
+        return _vector_codec(tensor), {}
     if wanted != KEEP:
-        return wanted
+        return wanted, OPTIONS.get(wanted, {})
     if tensor.dtype not in KEPT:
         raise UnsupportedError(
             tensor.file,
             f"has type {tensor.dtype}, which cannot be kept ({', '.join(KEPT)} can); choose another --quant",
             tensor.theirs,
         )
-    return KEPT[tensor.dtype]
+    return KEPT[tensor.dtype], {}
 
 
 def _vector_codec(tensor: SourceTensor) -> str:
@@ -184,11 +195,13 @@ def _vector_codec(tensor: SourceTensor) -> str:
 def _quantize(item: Planned) -> Layout:
     if item.source is None:
         return {}, {"values": np.frombuffer(item.data, np.uint8)}
+    if item.source.carried and item.source.carried.codec == item.codec:
+        return item.params, item.source.carried.read()
     try:
         if item.codec in ROW_WISE:
             return _quantize_by_rows(item.codec, item.source)
         values = _read_checked(item.source, 0, item.shape[0])
-        return CODECS[item.codec].quantize(values, **OPTIONS.get(item.codec, {}))
+        return CODECS[item.codec].quantize(values, **item.params)
     except SourceError:
         raise
     except ValueError as exc:

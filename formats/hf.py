@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from .bnb import PackedTensor, split_packed
 from .errors import SourceError
 from .hf_config import check_quantization, config_from_hf
 from .hf_names import HF_NAMES, IGNORED_SUFFIX
@@ -59,9 +60,11 @@ def open_hf(folder: Path) -> Source:
 def _tensors(
     folder: Path, stored: dict[str, StoredTensor], config: dict[str, Any], notes: list[str]
 ) -> dict[str, SourceTensor]:
-    ours: dict[str, StoredTensor] = {}
+    packed, plain = split_packed(stored)
+    ours: dict[str, StoredTensor | PackedTensor] = {}
     unknown: list[str] = []
-    for theirs, tensor in stored.items():
+    found: dict[str, StoredTensor | PackedTensor] = {**packed, **plain}
+    for theirs, tensor in found.items():
         name = HF_NAMES.ours(theirs)
         if name is not None:
             ours[name] = tensor
@@ -69,16 +72,21 @@ def _tensors(
             unknown.append(theirs)
     if config["tied_embeddings"]:
         _tie(ours, config, notes)
-    check_tensors(folder, {name: t.shape for name, t in ours.items()}, unknown, config, HF_NAMES)
     for tensor in ours.values():
-        check_readable(tensor)
-    return {
-        name: SourceTensor(name, t.name, t.shape, t.dtype, t.path, t.read_rows)
-        for name, t in sorted(ours.items())
-    }
+        if isinstance(tensor, StoredTensor):
+            check_readable(tensor)
+    check_tensors(folder, {name: t.shape for name, t in ours.items()}, unknown, config, HF_NAMES)
+    return {name: _source_tensor(name, tensor) for name, tensor in sorted(ours.items())}
 
 
-def _tie(ours: dict[str, StoredTensor], config: dict[str, Any], notes: list[str]) -> None:
+def _source_tensor(name: str, tensor: StoredTensor | PackedTensor) -> SourceTensor:
+    if isinstance(tensor, PackedTensor):
+        weight = tensor.weight
+        return SourceTensor(name, weight.name, tensor.shape, "NF4", weight.path, tensor.read_rows, tensor.carried)
+    return SourceTensor(name, tensor.name, tensor.shape, tensor.dtype, tensor.path, tensor.read_rows)
+
+
+def _tie(ours: dict[str, StoredTensor | PackedTensor], config: dict[str, Any], notes: list[str]) -> None:
     """Settle tied embeddings as transformers 5 does: one of the two is enough, two must be equal."""
     if HEAD in ours and EMBEDDING not in ours:
         ours[EMBEDDING] = ours.pop(HEAD)
@@ -89,8 +97,12 @@ def _tie(ours: dict[str, StoredTensor], config: dict[str, Any], notes: list[str]
         notes.append("config.json ties the embeddings, but lm_head.weight differs from them: both are kept")
 
 
-def _equal(a: StoredTensor, b: StoredTensor, rows: int = 4096) -> bool:
-    if (a.shape, a.dtype) != (b.shape, b.dtype):
+def _equal(a: StoredTensor | PackedTensor, b: StoredTensor | PackedTensor, rows: int = 4096) -> bool:
+    if isinstance(a, PackedTensor) and isinstance(b, PackedTensor):
+        sides = a.sides.keys() == b.sides.keys() and all(_equal(a.sides[key], b.sides[key]) for key in a.sides)
+        same = (a.shape, a.params, a.offset) == (b.shape, b.params, b.offset)
+        return sides and same and _equal(a.weight, b.weight)
+    if isinstance(a, PackedTensor) or isinstance(b, PackedTensor) or (a.shape, a.dtype) != (b.shape, b.dtype):
         return False
     byte = np.dtype(np.uint8)
     step = rows * 1024

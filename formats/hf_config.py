@@ -67,16 +67,20 @@ def check_architecture(raw: dict[str, Any], path: Path) -> None:
 
 
 def check_quantization(raw: dict[str, Any], path: Path) -> None:
-    """Refuse a checkpoint whose weights are packed. Raises UnsupportedError naming the method."""
+    """Refuse a quantisation that is not bitsandbytes', whose tensors say themselves what they are.
+
+    Raises UnsupportedError naming the method.
+    """
     quantization = raw.get("quantization_config")
     if not quantization:
         return
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-    raise UnsupportedError(
-        path,
-        f"the checkpoint is quantised (quant_method {method!r}), which is not read; "
-        "supported are weights in float32, float16 or bfloat16",
-    )
+    if method != "bitsandbytes":
+        raise UnsupportedError(
+            path,
+            f"the checkpoint is quantised (quant_method {method!r:.60}), which is not read; "
+            "supported are bitsandbytes NF4, and weights in float32, float16 or bfloat16",
+        )
 
 
 def rope_from_hf(raw: dict[str, Any], path: Path) -> dict[str, Any]:

@@ -156,16 +156,17 @@ class NF4Codec(Codec):
         check_fits(np.abs(block_scales(parts, params)).max(), params["dtype"], self.name)
         return params, parts
 
-    def dequantize(self, parts: Parts, shape: Shape, params: Params) -> np.ndarray:
-        n = math.prod(shape)
-        out = np.empty(n, np.float32)
+    def dequantize_range(self, parts: Parts, shape: Shape, params: Params, start: int, stop: int) -> np.ndarray:
+        width = math.prod(shape[1:])
+        return self._span(parts, params, start * width, stop * width).reshape(stop - start, *shape[1:])
+
+    def _span(self, parts: Parts, params: Params, start: int, stop: int) -> np.ndarray:
+        """Values start..stop of the flat tensor, as float32."""
         block = params["block"]
-        for start in range(0, n, CHUNK):  # CHUNK is a multiple of every block size
-            stop = min(start + CHUNK, n)
-            codes = unpack_codes(parts["codes"][start // 2 : -(-stop // 2)], stop - start)
-            scale = block_scales(parts, params, np.arange(start // block, -(-stop // block)))
-            out[start:stop] = self._values(parts, params, codes, np.repeat(scale, block)[: stop - start])
-        return out.reshape(shape)
+        first = start // block * block
+        codes = unpack_codes(parts["codes"][first // 2 : -(-stop // 2)], stop - first)
+        scale = block_scales(parts, params, np.arange(first // block, -(-stop // block)))
+        return self._values(parts, params, codes, np.repeat(scale, block)[: stop - first])[start - first :]
 
     def dequantize_rows(self, parts: Parts, shape: Shape, params: Params, ids: np.ndarray) -> np.ndarray:
         ids = np.asarray(ids, np.int64)

@@ -20,10 +20,20 @@ GGUF_MAGIC = b"GGUF"
 
 
 @dataclass(frozen=True)
+class Carried:
+    """Packed values that one of our codecs takes over as they are. read: maps the codec's parts."""
+
+    codec: str
+    params: dict[str, Any]
+    read: Callable[[], dict[str, np.ndarray]]
+
+
+@dataclass(frozen=True)
 class SourceTensor:
     """One tensor of a checkpoint under our name; nothing is read before `read` or `read_rows`.
 
     dtype: the source's own name ("BF16", "Q4_1"); theirs, file: its name there and where it is, for messages.
+    carried: the source's own quantisation, where a codec of ours is the same.
     """
 
     name: str
@@ -32,6 +42,7 @@ class SourceTensor:
     dtype: str
     file: Path
     read_rows: Callable[[int, int], np.ndarray]
+    carried: Carried | None = None
 
     def read(self) -> np.ndarray:
         """Read it all.

@@ -93,7 +93,7 @@ def test_bad_fields_are_named(changes: dict[str, Any], text: str) -> None:
         config_of(**changes)
 
 
-@pytest.mark.parametrize("quantization", [{"quant_method": "gptq"}, {"quant_method": "bitsandbytes"}, "odd"])
+@pytest.mark.parametrize("quantization", [{"quant_method": "gptq"}, {"quant_method": "fp8"}, "odd"])
 def test_quantised_checkpoints_are_refused_by_name(tmp_path: Path, quantization: object) -> None:
     write_hf(tmp_path, {"quantization_config": quantization})
     name = quantization["quant_method"] if isinstance(quantization, dict) else "quantised"

@@ -13,9 +13,7 @@ import numpy as np
 
 from formats.codecs import CODECS
 from formats.container import dequantize, open_trit
-from formats.hf_config import config_from_hf
-from formats.hf_names import HF_NAMES
-from formats.safetensors_reader import open_folder
+from formats.convert import convert
 from formats.source import expected_tensors, open_source
 from formats.writer import TritWriter
 
@@ -177,40 +175,5 @@ def convert_fixture(name: str, path: Path, rope: Mapping[str, Any] | None = None
 
 
 def carry_nf4(name: str, path: Path) -> Path:
-    """Write a bitsandbytes checkpoint with its packed bytes as they are."""
-    folder = fixture_folder(name)
-    raw = json.loads((folder / "config.json").read_text())
-    config = config_from_hf(raw, folder / "config.json")
-    stored, _ = open_folder(folder)
-    metadata = {"config": config, "tokenizer": NO_TOKENIZER}
-    names = list(expected_tensors(config))
-    with TritWriter(path, metadata, names) as writer:
-        for ours, shape in expected_tensors(config).items():
-            theirs = HF_NAMES.theirs(ours)
-            state = f"{theirs}.quant_state.bitsandbytes__nf4"
-            if state in stored:
-                params, parts = _nf4_parts(theirs, stored, state)
-                writer.add(ours, "nf4", shape, params, parts)
-            else:
-                params, parts = CODECS["f32"].quantize(stored[theirs].read_rows(0, shape[0]))
-                writer.add(ours, "f32", shape, params, parts)
-    return path
-
-
-def _nf4_parts(name: str, stored: Mapping[str, Any], state: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Give (params, parts) of one packed tensor as bitsandbytes saved it."""
-
-    def array(suffix: str, dtype: str) -> np.ndarray:
-        tensor = stored[f"{name}{suffix}"]
-        raw: np.ndarray = tensor.raw(np.dtype(dtype), 0, tensor.nbytes // np.dtype(dtype).itemsize)
-        return raw
-
-    about = json.loads(bytes(stored[state].raw(np.dtype("u1"), 0, stored[state].nbytes)))
-    nested = about.get("nested_blocksize", 0)
-    parts = {"codes": array("", "u1"), "levels": array(".quant_map", "<f4")}
-    parts["absmax"] = array(".absmax", "u1" if nested else "<f4")
-    if nested:
-        parts["nested_absmax"] = array(".nested_absmax", "<f4")
-        parts["nested_levels"] = array(".nested_quant_map", "<f4")
-        parts["offset"] = np.array([about["nested_offset"]], "<f4")
-    return {"block": about["blocksize"], "nested_block": nested, "dtype": about["dtype"]}, parts
+    """Convert a bitsandbytes checkpoint with its packed bytes as they are."""
+    return convert(open_source(fixture_folder(name)), path, "keep").path

@@ -41,11 +41,11 @@ def _main(argv: list[str]) -> int:
         parser.error("the following arguments are required: -o/--out")
     started = time.perf_counter()
     source = open_source(args.source)
-    for note in source.notes:
-        print(f"note: {note}", file=sys.stderr)
     out = Path(args.out or "OUT.trit")
     with Bar("convert") as bar:
         summary = convert(source, out, args.quant, args.embed, args.overwrite, args.dry_run, bar)
+    for note in summary.notes:
+        print(f"note: {note}", file=sys.stderr)
     if args.dry_run:
         print_plan(summary)
     else:
