@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,30 @@ Layout = dict[str, tuple[np.dtype, Shape]]
 DTYPES = ("float32", "float16", "bfloat16")
 # Elements worked on at a time: temporaries of a few megabytes, whatever the matrix.
 CHUNK = 1 << 18
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A matrix that is read as it is sliced, so that it is never whole in memory: quantisers take it like an array.
+
+    read: called with (start, stop), gives these rows
+    """
+
+    shape: Shape
+    read: Callable[[int, int], np.ndarray]
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        start, stop, _ = rows.indices(self.shape[0])
+        return self.read(start, stop)
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """A part that is made as it is written. blocks: gives it in order, in arrays of the dtype."""
+
+    dtype: np.dtype
+    shape: Shape
+    blocks: Callable[[], Iterator[np.ndarray]]
 
 
 class Codec(ABC):
@@ -32,10 +58,10 @@ class Codec(ABC):
         """
 
     @abstractmethod
-    def quantize(self, w: np.ndarray, **options: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    def quantize(self, w: np.ndarray | Rows, **options: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """Turn values into (params, parts).
 
-        w: (out, in) or (n,) floating point
+        w: (out, in) or (n,) floating point, read in blocks of rows, perhaps more than once
         Raises ValueError if a value is NaN or infinite, or does not fit.
         """
 
@@ -91,7 +117,7 @@ def row_chunks(shape: Shape, multiple: int = 1) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, shape[0])
 
 
-def finite_rows(w: np.ndarray, start: int, stop: int) -> np.ndarray:
+def finite_rows(w: np.ndarray | Rows, start: int, stop: int) -> np.ndarray:
     """Give w[start:stop] as contiguous float32.
 
     Raises ValueError naming the first value that is NaN or infinite.
@@ -102,6 +128,13 @@ def finite_rows(w: np.ndarray, start: int, stop: int) -> np.ndarray:
         where[0] += start
         raise ValueError(f"the value at {where.tolist()} is NaN, infinite or beyond float32")
     return rows
+
+
+def finite_span(w: np.ndarray | Rows, start: int, stop: int) -> np.ndarray:
+    """Give the values start..stop of the flattened tensor as float32. Raises ValueError as `finite_rows`."""
+    width = math.prod(w.shape[1:])
+    first = start // width
+    return finite_rows(w, first, -(-stop // width)).reshape(-1)[start - first * width : stop - first * width]
 
 
 def check_fits(largest: np.ndarray | np.float32, dtype: str, codec: str) -> None:

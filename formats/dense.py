@@ -12,6 +12,7 @@ from .codec_base import (
     Layout,
     Params,
     Parts,
+    Rows,
     Shape,
     all_finite,
     check_ids,
@@ -39,7 +40,7 @@ class FloatCodec(Codec):
         check_params(params, {})
         return {"values": (self.dtype, shape)}
 
-    def quantize(self, w: np.ndarray, **options: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    def quantize(self, w: np.ndarray | Rows, **options: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         check_params(options, {})
         self.check_ndim(w.shape)
         values = np.empty(w.shape, self.dtype)
@@ -76,11 +77,11 @@ class ByteCodec(Codec):
         check_params(params, {})
         return {"values": (np.dtype("u1"), shape)}
 
-    def quantize(self, w: np.ndarray, **options: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    def quantize(self, w: np.ndarray | Rows, **options: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         check_params(options, {})
         self.check_ndim(w.shape)
-        if w.dtype != np.uint8:
-            raise ValueError(f"codec u8 stores bytes (uint8), not {w.dtype}")
+        if not isinstance(w, np.ndarray) or w.dtype != np.uint8:
+            raise ValueError(f"codec u8 stores bytes (uint8), not {getattr(w, 'dtype', 'numbers')}")
         return {}, {"values": w}
 
     def dequantize_rows(self, parts: Parts, shape: Shape, params: Params, ids: np.ndarray) -> np.ndarray:
@@ -103,7 +104,7 @@ class Q8Codec(Codec):
             "scales": (np.dtype("<f2"), (shape[0], blocks)),
         }
 
-    def quantize(self, w: np.ndarray, **options: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    def quantize(self, w: np.ndarray | Rows, **options: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         layout = self.parts(w.shape, options)
         values = np.zeros(layout["values"][1], np.int8)
         scales = np.zeros(layout["scales"][1], np.dtype("<f2"))

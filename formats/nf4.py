@@ -17,11 +17,12 @@ from .codec_base import (
     Layout,
     Params,
     Parts,
+    Rows,
     Shape,
     check_fits,
     check_ids,
     check_params,
-    finite_rows,
+    finite_span,
     round_to,
 )
 
@@ -139,7 +140,7 @@ class NF4Codec(Codec):
             "offset": (f4, (1,)),
         }
 
-    def quantize(self, w: np.ndarray, **options: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    def quantize(self, w: np.ndarray | Rows, **options: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """Quantise as bitsandbytes does on a CPU.
 
         Options: block (default 64), nested_block (default 256; 0 turns double quantisation off), dtype, to
@@ -149,7 +150,7 @@ class NF4Codec(Codec):
         """
         params = {"block": 64, "nested_block": 256, "dtype": "float32", **options}
         self.parts(w.shape, params)
-        packed, absmax = _quantize_blocks(np.ascontiguousarray(w).reshape(-1), params["block"])
+        packed, absmax = _quantize_blocks(w, params["block"])
         parts = {"codes": packed, "levels": LEVELS, "absmax": absmax}
         if params["nested_block"]:
             parts.update(_quantize_scales(absmax, params["nested_block"]))
@@ -184,26 +185,25 @@ class NF4Codec(Codec):
             return round_to(parts["levels"][codes] * scale, params["dtype"])
 
 
-def _quantize_blocks(flat: np.ndarray, block: int) -> tuple[np.ndarray, np.ndarray]:
+def _quantize_blocks(w: np.ndarray | Rows, block: int) -> tuple[np.ndarray, np.ndarray]:
     """Quantise the flat tensor; a last, shorter block divides where full ones multiply by the reciprocal.
 
-    flat: (n,) floating point
     returns: packed codes (ceil(n / 2),) uint8, absmax (ceil(n / block),) float32
     """
-    n = flat.size
+    n = math.prod(w.shape)
     whole = n // block * block
     bounds = (LEVELS[:-1] + LEVELS[1:]) / np.float32(2)
     codes = np.empty(-(-n // 2), np.uint8)
     absmax = np.empty(-(-n // block), np.float32)
     for start in range(0, whole, CHUNK):
         stop = min(start + CHUNK, whole)
-        x = finite_rows(flat, start, stop).reshape(-1, block)
+        x = finite_span(w, start, stop).reshape(-1, block)
         top = np.abs(x).max(axis=1)
         absmax[start // block : stop // block] = top
         scaled = np.clip(x * (np.float32(1) / np.maximum(top, TINY))[:, None], -1, 1)
         codes[start // 2 : stop // 2] = pack_codes(_nearest(bounds, scaled.reshape(-1)))
     if whole < n:
-        x = finite_rows(flat, whole, n)
+        x = finite_span(w, whole, n)
         absmax[-1] = max(np.abs(x).max(), TINY)
         codes[whole // 2 :] = pack_codes(_nearest(bounds, x / absmax[-1]))
     return codes, absmax
@@ -216,7 +216,8 @@ def _quantize_scales(absmax: np.ndarray, nested_block: int) -> dict[str, np.ndar
     """
     table = nested_levels()
     # fsum rounds once, so the mean does not depend on the order of a vectorised sum.
-    offset = np.float32(math.fsum(absmax.tolist()) / absmax.size)
+    total = math.fsum(x for start in range(0, absmax.size, CHUNK) for x in absmax[start : start + CHUNK].tolist())
+    offset = np.float32(total / absmax.size)
     y = absmax - offset
     starts = np.arange(0, y.size, nested_block)
     top = np.maximum.reduceat(np.abs(y), starts)

@@ -7,8 +7,8 @@ inputs. Five weights take d bytes; SPEC.md describes the layout.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from .codec_base import (
     Layout,
     Params,
     Parts,
+    Rows,
     Shape,
     check_fits,
     check_ids,
@@ -166,7 +167,7 @@ def _split_codes(s: list[np.ndarray]) -> list[np.ndarray]:
 # ======== quantising
 
 
-def quantize_levels(w: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def quantize_levels(w: np.ndarray | Rows, depth: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Quantise as tritllm v2: a scale per group of 16, rounded to 27 log-spaced entries per matrix.
 
     Every step is one correctly rounded float32 operation, and sums run in float64 in a fixed order,
@@ -180,7 +181,7 @@ def quantize_levels(w: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray, 
     scales = np.empty((w.shape[0], groups), np.float32)
     for start, stop in row_chunks(w.shape):
         scales[start:stop] = _best_scales(_grouped(w, start, stop), depth).reshape(-1, groups)
-    entries, middles = _codebook(scales)
+    entries, middles = codebook(scales)
     units = np.zeros(UNITS, np.float32)
     units[:ENTRIES] = entries / np.float32(max_level(depth))
     levels = np.empty(w.shape, np.int8)
@@ -193,7 +194,7 @@ def quantize_levels(w: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray, 
     return levels, codes, units
 
 
-def _grouped(w: np.ndarray, start: int, stop: int) -> np.ndarray:
+def _grouped(w: np.ndarray | Rows, start: int, stop: int) -> np.ndarray:
     """Rows start..stop as groups, the last of a row padded with zeros: (n, 16) float32."""
     rows = finite_rows(w, start, stop)
     pad = -w.shape[1] % GROUP
@@ -230,7 +231,7 @@ def _best_scales(groups: np.ndarray, depth: int) -> np.ndarray:
     return scales
 
 
-def _codebook(scales: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def codebook(scales: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Give 27 log-spaced entries (float32) between the extremes of the positive scales, and the 26 boundaries
     (float64) between them."""
     positive = scales[scales > 0]
@@ -264,7 +265,7 @@ class TritCodec(Codec):
             "blocks": (np.dtype("u1"), blocks_shape(shape, self.depth)),
         }
 
-    def quantize(self, w: np.ndarray, **options: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    def quantize(self, w: np.ndarray | Rows, **options: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """Quantise a matrix. Option: dtype, to which dequantised values are rounded (default "float32")."""
         params = {"dtype": "float32", **options}
         self.parts(w.shape, params)
@@ -286,3 +287,19 @@ class TritCodec(Codec):
         bad = sum(int((flat[a:b] >= INVALID).sum()) for a, b in row_chunks(flat.shape))
         if bad:
             yield f"blocks holds {bad} bytes above {INVALID - 1}, which stand for no trits"
+
+
+# ======== several depths at once
+
+Encoded = dict[int, tuple[dict[str, Any], dict[str, np.ndarray]]]
+
+
+class Encode(Protocol):
+    """Quantises a matrix at several depths from one pass; what it gives is `TritCodec(depth).quantize`'s, by depth."""
+
+    def __call__(self, w: np.ndarray | Rows, depths: Sequence[int], dtype: str = "float32") -> Encoded: ...
+
+
+def encode_reference(w: np.ndarray | Rows, depths: Sequence[int], dtype: str = "float32") -> Encoded:
+    """Quantise at several depths, one after the other: the definition, and what is left without a compiler."""
+    return {depth: TritCodec(depth).quantize(w, dtype=dtype) for depth in depths}

@@ -7,13 +7,14 @@ import json
 import os
 import secrets
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from .codec_base import Streamed
 from .codecs import CODECS, align, part_spans
 from .errors import HeaderError, TensorError
 from .header import MAGIC, MAX_HEADER, PREFIX, VERSION, check_layout, check_name, check_sections, parse_json
@@ -67,11 +68,11 @@ class TritWriter:
         codec: str,
         shape: Sequence[int],
         params: Mapping[str, Any],
-        parts: Mapping[str, np.ndarray],
+        parts: Mapping[str, np.ndarray | Streamed],
     ) -> None:
         """Append a tensor.
 
-        parts: arrays exactly as `CODECS[codec].parts(shape, params)` describes them
+        parts: exactly as `CODECS[codec].parts(shape, params)` describes them, in memory or made as they are written
         Raises TensorError if they are not, or if the name was not announced or was written already.
         """
         if self._file is None:
@@ -85,9 +86,14 @@ class TritWriter:
         end = 0
         for key, (start, size) in part_spans(codec, tuple(shape), params).items():
             crc = self._write(bytes(start - end), crc)
-            data = np.ascontiguousarray(parts[key]).reshape(-1).view(np.uint8).data
-            for a in range(0, size, _CHUNK):
-                crc = self._write(data[a : a + _CHUNK], crc)
+            written = self._file.tell()
+            for block in _blocks(parts[key]):
+                data = np.ascontiguousarray(block).reshape(-1).view(np.uint8).data
+                for a in range(0, len(data), _CHUNK):
+                    crc = self._write(data[a : a + _CHUNK], crc)
+            if self._file.tell() - written != size:
+                message = f"part {key} gave {self._file.tell() - written} bytes; expected {size}"
+                raise TensorError(self.path, message, name)
             end = start + size
         self._write(bytes(align(offset + nbytes) - offset - nbytes), 0)
         del self._left[name]
@@ -99,13 +105,7 @@ class TritWriter:
 
         Raises TensorError if an announced tensor was not added; then nothing is left behind.
         """
-        if self._file is None:
-            return
-        try:
-            self._finish()
-        except BaseException:
-            self.abort()
-            raise
+        close_all([self])
 
     def abort(self) -> None:
         """Remove the unfinished file."""
@@ -117,6 +117,11 @@ class TritWriter:
         finally:
             with suppress(FileNotFoundError):
                 os.unlink(self._temporary)
+
+    def withdraw(self) -> None:
+        """Remove the file after it was finished, because another that belongs to it was not."""
+        with suppress(FileNotFoundError):
+            os.unlink(self._target)
 
     def __enter__(self) -> TritWriter:
         return self
@@ -134,6 +139,7 @@ class TritWriter:
             self.abort()
 
     def _finish(self) -> None:
+        """Write the header; all that is left is to give the file its name."""
         assert self._file is not None
         if self._left:
             raise TensorError(self.path, f"tensors announced but not written: {', '.join(self._left)}")
@@ -145,8 +151,11 @@ class TritWriter:
         self._file.write(head + zlib.crc32(head).to_bytes(4, "little"))
         self._file.flush()
         os.fsync(self._file.fileno())
-        self._file.close()
         self._check_target()
+
+    def _publish(self) -> None:
+        assert self._file is not None
+        self._file.close()
         os.replace(self._temporary, self._target)
         self._file = None
         _sync_folder(os.path.dirname(self._target))
@@ -183,7 +192,7 @@ class TritWriter:
             message = "exists already; choose another name, or overwrite it with --overwrite (overwrite=True)"
             raise FileExistsError(errno.EEXIST, message, self.path)
 
-    def _check_parts(self, name: str, layout: dict[str, Any], parts: Mapping[str, np.ndarray]) -> None:
+    def _check_parts(self, name: str, layout: dict[str, Any], parts: Mapping[str, np.ndarray | Streamed]) -> None:
         if set(parts) != set(layout):
             raise TensorError(self.path, f"has parts {sorted(parts)}; expected {sorted(layout)}", name)
         for key, (dtype, shape) in layout.items():
@@ -191,6 +200,29 @@ class TritWriter:
             if part.dtype != dtype or part.shape != shape:
                 found, wanted = f"{part.dtype} {part.shape}", f"{dtype} {shape}"
                 raise TensorError(self.path, f"part {key} is {found}; expected {wanted}", name)
+
+
+def close_all(writers: Sequence[TritWriter]) -> None:
+    """Finish several files that belong together: all of them appear under their names, or none.
+
+    Raises as `TritWriter.close`; writers that are closed already are left as they are.
+    """
+    writers = [writer for writer in writers if writer._file is not None]
+    published: list[TritWriter] = []
+    try:
+        for writer in writers:
+            writer._finish()
+        for writer in writers:
+            writer._publish()
+            published.append(writer)
+    except BaseException:
+        for writer in writers:
+            writer.withdraw() if writer in published else writer.abort()
+        raise
+
+
+def _blocks(part: np.ndarray | Streamed) -> Iterable[np.ndarray]:
+    return part.blocks() if isinstance(part, Streamed) else [part]
 
 
 def _json(value: Any) -> bytes:

@@ -7,19 +7,37 @@ Groups are handled LANES at a time, one lane each, because the 16 weights of a g
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from functools import cached_property
 
 import numpy as np
 from numba import njit
 
-from formats.codec_base import check_fits, finite_rows, row_chunks
-from formats.trit import ENTRIES, GROUP, GROUPS, ROWS, TritCodec, _codebook, max_level
-
-from .compiling import compiled
+from formats.codec_base import Rows, check_fits, finite_rows, row_chunks
+from formats.trit import ENTRIES, GROUP, GROUPS, ROWS, Encoded, TritCodec, codebook, max_level
 
 LANES = 64
 ROUNDER = np.float32(12582912.0)  # 1.5 * 2**23: adding and subtracting it rounds to integer, ties to even
 READ_ONLY = "Array(float32, 2, 'C', readonly=True)"
+
+
+class _Compiled:
+    """A function that is compiled when it is first used. Numba keeps the code; all that it calls is in this file."""
+
+    def __init__(self, function: Callable[..., None], signature: str) -> None:
+        self._function, self._signature = function, signature
+
+    @cached_property
+    def ready(self) -> Callable[..., None]:
+        options = {"nogil": True, "error_model": "numpy"}
+        try:
+            found: Callable[..., None] = njit(self._signature, cache=True, **options)(self._function)
+        except RuntimeError:  # no folder that it could be kept in
+            found = njit(self._signature, **options)(self._function)
+        return found
+
+
+def _compiled(signature: str) -> Callable[[Callable[..., None]], _Compiled]:
+    return lambda function: _Compiled(function, signature)
 
 
 def _network() -> list[tuple[int, int]]:
@@ -43,7 +61,7 @@ def _network() -> list[tuple[int, int]]:
 EXCHANGES = np.array(_network(), np.int64)
 
 
-@compiled(f"void({READ_ONLY}, float32[::1], float32[:,:,::1])")
+@_compiled(f"void({READ_ONLY}, float32[::1], float32[:,:,::1])")
 def _find_scales(w, tops, scales):
     """Of four order statistics of |w|, keep the one with the least squared error, for each group and depth.
 
@@ -170,7 +188,7 @@ def _join(level, code, depth, out):
         out[at + 2 * ROWS + r] = code[2, r] + 27 * (c3 // 9 + 3 * (c4 // 9))
 
 
-@compiled(f"void({READ_ONLY}, {READ_ONLY}, float32[::1], float64[::1], int64, uint8[:,:,::1])")
+@_compiled(f"void({READ_ONLY}, {READ_ONLY}, float32[::1], float64[::1], int64, uint8[:,:,::1])")
 def _pack(w, scales, units, middles, depth, blocks):
     """Round weights to levels of the nearest unit and pack them.
 
@@ -188,11 +206,10 @@ def _pack(w, scales, units, middles, depth, blocks):
 
 # ==== All rows ====
 
-Encoded = dict[int, tuple[dict[str, Any], dict[str, np.ndarray]]]
 Run = Callable[[Callable[[tuple[int, int]], None], Iterable[tuple[int, int]]], Iterable[None]]
 
 
-def encode(w: np.ndarray, depths: Sequence[int], dtype: str = "float32", run: Run = map) -> Encoded:
+def encode(w: np.ndarray | Rows, depths: Sequence[int], dtype: str = "float32", run: Run = map) -> Encoded:
     """Quantise a matrix at several depths, each as `TritCodec(depth).quantize(w, dtype=dtype)` byte for byte.
 
     w: (out, in) float16 or float32, read twice in chunks of rows
@@ -200,6 +217,7 @@ def encode(w: np.ndarray, depths: Sequence[int], dtype: str = "float32", run: Ru
     returns: {depth: (params, {"units": (32,) float32, "blocks": (strips, superblocks, bytes) uint8})}
     Raises ValueError if a value is NaN or infinite, or the largest unit does not fit the dtype.
     """
+    find_scales, pack_rows = _find_scales.ready, _pack.ready  # here, because threads would each compile them
     chunks = list(row_chunks(w.shape, ROWS))
     tops = np.array([max_level(depth) for depth in depths], np.float32)
     params = {"dtype": dtype}
@@ -208,7 +226,7 @@ def encode(w: np.ndarray, depths: Sequence[int], dtype: str = "float32", run: Ru
     def find(chunk: tuple[int, int]) -> None:
         start, stop = chunk
         found = np.empty((len(depths), stop - start, scales.shape[2]), np.float32)
-        _find_scales(finite_rows(w, start, stop), tops, found)
+        find_scales(finite_rows(w, start, stop), tops, found)
         scales[:, start:stop] = found
 
     for _ in run(find, chunks):
@@ -218,7 +236,7 @@ def encode(w: np.ndarray, depths: Sequence[int], dtype: str = "float32", run: Ru
     for depth, top, found in zip(depths, tops, scales, strict=True):
         layout = TritCodec(depth).parts(w.shape, params)
         parts.append({key: np.zeros(shape, kind) for key, (kind, shape) in layout.items()})
-        entries, between = _codebook(found)
+        entries, between = codebook(found)
         parts[-1]["units"][:ENTRIES] = entries / top
         middles.append(between)
         check_fits(parts[-1]["units"].max() * top, dtype, f"trit{depth}")
@@ -228,7 +246,7 @@ def encode(w: np.ndarray, depths: Sequence[int], dtype: str = "float32", run: Ru
         values = finite_rows(w, start, stop)
         for depth, part, between, found in zip(depths, parts, middles, scales, strict=True):
             blocks = part["blocks"][start // ROWS : -(-stop // ROWS)]
-            _pack(values, found[start:stop], part["units"], between, depth, blocks)
+            pack_rows(values, found[start:stop], part["units"], between, depth, blocks)
 
     for _ in run(pack, chunks):
         pass
