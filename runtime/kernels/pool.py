@@ -10,14 +10,16 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
+import time
 
 import numpy as np
 
 from .compiling import kernel
-from .words import ARGUMENTS, PARKED, STATE_WORDS, STOP, TASK
+from .words import ARGUMENTS, PARKED, STARTED, STATE_WORDS, STOP, TASK, THREADS
 
 # A kernel as ctypes calls it (the GIL is released): places for Numba's result and error, then two integers.
 _KERNEL = ctypes.CFUNCTYPE(ctypes.c_int32, *[ctypes.c_ssize_t] * 4)
+_PATIENCE = 50  # looks, 20 microseconds apart, at whether the workers have woken
 
 
 def usable_cores() -> int:
@@ -46,10 +48,10 @@ class Pool:
 
     def _reset(self) -> None:
         self._state = np.zeros(STATE_WORDS, np.int64)
+        self._state[THREADS] = self.n_threads
         self._base = self._state.ctypes.data
         self._spare = self._base + (STATE_WORDS - 2) * 8
         self._bell = threading.Semaphore(0)
-        self._woken = 0  # of the workers that ever parked; both numbers only grow, so no wake-up is lost
         self._workers: list[threading.Thread] = []
         self._pid = os.getpid()
 
@@ -76,12 +78,22 @@ class Pool:
             if units > 1 and self.n_threads > 1:
                 if not self._workers:
                     self._start()
-                asleep = int(self._state[PARKED]) - self._woken
+                asleep = len(self._workers) - self._awake()
                 if asleep:
-                    self._woken += asleep
-                    self._bell.release(asleep)
+                    self._wake(asleep)
             self._state[TASK], self._state[ARGUMENTS] = task, arguments
             self._post_and_work(self._spare, self._spare + 8, self._base, units)
+
+    def _awake(self) -> int:
+        return int(self._state[STARTED] - self._state[PARKED])
+
+    def _wake(self, asleep: int) -> None:
+        """Rouse the workers that sleep, and let go of the GIL until they run: jobs are too short for them to get it."""
+        self._bell.release(asleep)
+        for _ in range(_PATIENCE):
+            time.sleep(2e-5)
+            if self._awake() == len(self._workers):
+                break
 
     def close(self) -> None:
         """End the workers. The pool can be used again; it then starts new ones."""

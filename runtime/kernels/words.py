@@ -21,7 +21,8 @@ AT_Q, AT_Q_SINK, AT_K, AT_V, AT_COS, AT_SIN, AT_COS_SINK, AT_SIN_SINK = range(9,
 AT_KEYS, AT_VALUES, AT_OUT, AT_SCALE, AT_WORDS = range(17, 22)
 
 # The pool's shared state (numba_pool.py), one cache line apart so that the threads do not fight over them.
-CLAIM, DONE, PARKED, STOP, TASK, ARGUMENTS, UNITS, STATE_WORDS = 0, 8, 16, 24, 32, 33, 34, 40
+CLAIM, DONE, STARTED, PARKED = 0, 8, 16, 17
+STOP, THREADS, TASK, ARGUMENTS, UNITS, STATE_WORDS = 24, 25, 32, 33, 34, 40
 
 KERNELS = {
     "numba_pool": ("serve", "post_and_work"),
