@@ -91,12 +91,10 @@ class _Job:
             words[w.DATA], words[w.TABLE] = _address(parts["blocks"]), self._table(parts["units"])
         elif tensor.codec == "nf4":
             words[w.DATA], words[w.TABLE] = _address(parts["codes"]), self._table(parts["levels"])
-            words[w.AUX], words[w.BLOCK_SIZE] = _address(parts["absmax"]), params["block"]
+            words[w.AUX], words[w.BLOCK_SHIFT] = _address(parts["absmax"]), params["block"].bit_length() - 1
             if params["nested_block"]:
                 words[w.AUX2] = _address(parts["nested_absmax"])
-                nested = np.zeros(4 + 256, np.float32)  # block size as int64, offset, padding, 256 levels
-                nested[:2].view(np.int64)[0] = params["nested_block"]
-                nested[2], nested[4:] = parts["offset"][0], parts["nested_levels"]
+                nested = np.concatenate((parts["offset"], parts["nested_levels"]))
                 words[w.AUX3] = self._pin(nested)
         else:
             words[w.DATA] = _address(parts["values"])

@@ -8,22 +8,23 @@ from numba import njit
 from . import simd
 from .numba_jobs import emit, matrix_of, rows_of
 from .numba_math import word
-from .simd import fma, load_f32, read_f32, read_i64, splat_f32
-from .words import AUX, AUX2, AUX3, BLOCK_SIZE, DATA, PADDED, PADDED_STRIDE, ROUND, TABLE, WIDTH, N
+from .simd import fma, load_f32, read_f32, splat_f32
+from .words import AUX, AUX2, AUX3, BLOCK_SHIFT, DATA, PADDED, PADDED_STRIDE, ROUND, TABLE, WIDTH, N
 
 F32, F16, BF16, Q8, NF4, NF4_NESTED = range(6)
+NESTED_SHIFT = 8  # scales of 256 NF4 blocks share one nested scale
 
 
 @njit(forceinline=True)
 def _absmax(codec, matrix, flat):
     """The scale of the NF4 block that holds the weight number `flat`, in bitsandbytes' order of rounding."""
-    block = flat // word(matrix, BLOCK_SIZE)
+    block = flat >> word(matrix, BLOCK_SHIFT)
     if codec == NF4:
         return read_f32(word(matrix, AUX), block * 4)
     code = np.intp(simd.read_u8(word(matrix, AUX), block))
-    nested = read_f32(word(matrix, AUX2), block // read_i64(word(matrix, AUX3), 0) * 4)
-    product = read_f32(word(matrix, AUX3), 16 + code * 4) * nested
-    return product + read_f32(word(matrix, AUX3), 8)
+    nested = read_f32(word(matrix, AUX2), (block >> NESTED_SHIFT) * 4)
+    product = read_f32(word(matrix, AUX3), 4 + code * 4) * nested
+    return product + read_f32(word(matrix, AUX3), 0)
 
 
 @njit(forceinline=True)
@@ -36,19 +37,22 @@ def _rounded(value, rounding):
 
 
 @njit(forceinline=True)
-def _weights(codec, matrix, data, row, width, column):
-    """Sixteen weights of a row from `column` on (a multiple of 16), as float32."""
-    flat = row * width + column
+def _weights(codec, matrix, data, flat):
+    """32 weights from number `flat` on (a multiple of 32) as two float32 vectors; they share one scale."""
     if codec == F32:
-        return load_f32(data, flat * 4)
+        return load_f32(data, flat * 4), load_f32(data, flat * 4 + 64)
     if codec == F16:
-        return simd.load_f16_as_f32(data, flat * 2)
+        return simd.load_f16_as_f32(data, flat * 2), simd.load_f16_as_f32(data, flat * 2 + 32)
     if codec == BF16:
-        return simd.load_bf16_as_f32(data, flat * 2)
+        return simd.load_bf16_as_f32(data, flat * 2), simd.load_bf16_as_f32(data, flat * 2 + 32)
     if codec == Q8:
-        return simd.load_i8_as_f32(data, flat) * simd.read_f16(word(matrix, AUX), flat // 32 * 2)
-    levels = simd.lookup(word(matrix, TABLE), simd.load_nibbles(data, flat // 2))
-    return _rounded(levels * _absmax(codec, matrix, flat), word(matrix, ROUND))
+        scale = splat_f32(simd.read_f16(word(matrix, AUX), flat >> 5 << 1))
+        return simd.load_i8_as_f32(data, flat) * scale, simd.load_i8_as_f32(data, flat + 16) * scale
+    scale = splat_f32(_absmax(codec, matrix, flat))
+    table, rounding = word(matrix, TABLE), word(matrix, ROUND)
+    low = simd.lookup(table, simd.load_nibbles(data, flat >> 1))
+    high = simd.lookup(table, simd.load_nibbles(data, (flat >> 1) + 8))
+    return _rounded(low * scale, rounding), _rounded(high * scale, rounding)
 
 
 @njit(forceinline=True)
@@ -62,7 +66,7 @@ def _weight(codec, matrix, data, flat):
         return simd.read_bf16(data, flat * 2)
     if codec == Q8:  # rows are padded to whole vectors
         return np.float32(0.0)
-    nibble = (simd.read_u8(data, flat // 2) >> (4 if flat % 2 == 0 else 0)) & 15
+    nibble = (simd.read_u8(data, flat >> 1) >> (4 if flat & 1 == 0 else 0)) & 15
     value = read_f32(word(matrix, TABLE), np.intp(nibble) * 4) * _absmax(codec, matrix, flat)
     return simd.first_lane(_rounded(splat_f32(value), word(matrix, ROUND)))
 
@@ -76,45 +80,53 @@ def _tail(codec, matrix, data, row, width, column, x):
 
 
 @njit(forceinline=True)
+def _step(weights, x, k, acc):
+    """acc + 32 products, lane by lane."""
+    return fma(weights[1], load_f32(x, k * 4 + 64), fma(weights[0], load_f32(x, k * 4), acc))
+
+
+@njit(forceinline=True)
 def _dense_tile(codec, job, matrix, row, last):
     """Four rows (the last one repeated if fewer are left) for all tokens, four tokens at a time."""
     n, data = word(job, N), word(matrix, DATA)
     width = (word(job, WIDTH) + 31) // 32 * 32 if codec == Q8 else word(job, WIDTH)
-    whole = 0 if codec >= NF4 and width % 16 else width // 16 * 16
-    r1, r2, r3 = min(row + 1, last), min(row + 2, last), min(row + 3, last)
+    whole = 0 if codec >= NF4 and width % 32 else width // 32 * 32
+    i0, i1, i2, i3 = (
+        row * width,
+        min(row + 1, last) * width,
+        min(row + 2, last) * width,
+        min(row + 3, last) * width,
+    )
     stride = word(job, PADDED_STRIDE)
+    zero = splat_f32(np.float32(0.0))
     token = 0
     while token < n:
         x0 = word(job, PADDED) + token * stride
-        zero = splat_f32(np.float32(0.0))
         a0, a1, a2, a3 = zero, zero, zero, zero
         if token + 4 <= n:
             x1, x2, x3 = x0 + stride, x0 + 2 * stride, x0 + 3 * stride
             b0, b1, b2, b3, c0, c1, c2, c3 = zero, zero, zero, zero, zero, zero, zero, zero
             d0, d1, d2, d3 = zero, zero, zero, zero
-            for k in range(0, whole, 16):
-                w0, w1 = _weights(codec, matrix, data, row, width, k), _weights(codec, matrix, data, r1, width, k)
-                w2, w3 = _weights(codec, matrix, data, r2, width, k), _weights(codec, matrix, data, r3, width, k)
-                x = load_f32(x0, k * 4)
-                a0, a1, a2, a3 = fma(w0, x, a0), fma(w1, x, a1), fma(w2, x, a2), fma(w3, x, a3)
-                x = load_f32(x1, k * 4)
-                b0, b1, b2, b3 = fma(w0, x, b0), fma(w1, x, b1), fma(w2, x, b2), fma(w3, x, b3)
-                x = load_f32(x2, k * 4)
-                c0, c1, c2, c3 = fma(w0, x, c0), fma(w1, x, c1), fma(w2, x, c2), fma(w3, x, c3)
-                x = load_f32(x3, k * 4)
-                d0, d1, d2, d3 = fma(w0, x, d0), fma(w1, x, d1), fma(w2, x, d2), fma(w3, x, d3)
+            for k in range(0, whole, 32):
+                w = _weights(codec, matrix, data, i0 + k)
+                a0, b0, c0, d0 = _step(w, x0, k, a0), _step(w, x1, k, b0), _step(w, x2, k, c0), _step(w, x3, k, d0)
+                w = _weights(codec, matrix, data, i1 + k)
+                a1, b1, c1, d1 = _step(w, x0, k, a1), _step(w, x1, k, b1), _step(w, x2, k, c1), _step(w, x3, k, d1)
+                w = _weights(codec, matrix, data, i2 + k)
+                a2, b2, c2, d2 = _step(w, x0, k, a2), _step(w, x1, k, b2), _step(w, x2, k, c2), _step(w, x3, k, d2)
+                w = _weights(codec, matrix, data, i3 + k)
+                a3, b3, c3, d3 = _step(w, x0, k, a3), _step(w, x1, k, b3), _step(w, x2, k, c3), _step(w, x3, k, d3)
             _finish(codec, job, matrix, token, row, last, whole, width, a0, a1, a2, a3)
             _finish(codec, job, matrix, token + 1, row, last, whole, width, b0, b1, b2, b3)
             _finish(codec, job, matrix, token + 2, row, last, whole, width, c0, c1, c2, c3)
             _finish(codec, job, matrix, token + 3, row, last, whole, width, d0, d1, d2, d3)
             token += 4
         else:
-            for k in range(0, whole, 16):
-                x = load_f32(x0, k * 4)
-                a0 = fma(_weights(codec, matrix, data, row, width, k), x, a0)
-                a1 = fma(_weights(codec, matrix, data, r1, width, k), x, a1)
-                a2 = fma(_weights(codec, matrix, data, r2, width, k), x, a2)
-                a3 = fma(_weights(codec, matrix, data, r3, width, k), x, a3)
+            for k in range(0, whole, 32):
+                a0 = _step(_weights(codec, matrix, data, i0 + k), x0, k, a0)
+                a1 = _step(_weights(codec, matrix, data, i1 + k), x0, k, a1)
+                a2 = _step(_weights(codec, matrix, data, i2 + k), x0, k, a2)
+                a3 = _step(_weights(codec, matrix, data, i3 + k), x0, k, a3)
             _finish(codec, job, matrix, token, row, last, whole, width, a0, a1, a2, a3)
             token += 1
 

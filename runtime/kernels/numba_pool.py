@@ -77,7 +77,8 @@ def _pause(_ctx: Any) -> Any:
 
     def codegen(context: Any, b: ir.IRBuilder, _sig: Any, _args: Any) -> ir.Value:
         if b.module.triple.startswith(("x86", "i686", "amd64")):
-            b.call(cgutils.get_or_insert_function(b.module, ir.FunctionType(ir.VoidType(), []), "llvm.x86.sse2.pause"), [])
+            nothing = ir.FunctionType(ir.VoidType(), [])
+            b.call(cgutils.get_or_insert_function(b.module, nothing, "llvm.x86.sse2.pause"), [])
         return context.get_dummy_value()
 
     return types.void(), codegen

@@ -10,7 +10,7 @@ import numpy as np
 from numba import njit
 
 from . import simd
-from .numba_jobs import BLOCK, emit, matrix_of, rows_of
+from .numba_jobs import BLOCK, emit, emit_rows, matrix_of, rows_of
 from .numba_math import word
 from .simd import fma, load_f32, read_f32, read_i32, splat_f32, splat_i32, splat_quad, store_f32, to_f32
 from .words import DATA, PADDED, PADDED_STRIDE, QUANTS, ROUND, SCALES, SUMS, TABLE, WIDTH, N
@@ -165,8 +165,11 @@ def _trit_unit(depth, int8, job, unit):
             else:
                 _strip_f32(depth, strip, blocks, table, rounding, job, first, count, scratch)
             for i in range(count):
-                for r in range(min(ROWS, stop - row)):
-                    emit(job, matrix, first + i, row + r, read_f32(scratch, i * 64 + r * 4))
+                if row + ROWS <= stop:
+                    emit_rows(job, matrix, first + i, row, load_f32(scratch, i * 64))
+                else:
+                    for r in range(stop - row):
+                        emit(job, matrix, first + i, row + r, read_f32(scratch, i * 64 + r * 4))
 
 
 # ==== Tasks: one for each depth, so that only what a model needs is compiled ====

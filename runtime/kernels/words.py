@@ -9,7 +9,7 @@ UNIT_ROWS = 64  # rows of a matrix that a pool unit computes
 
 # A matrix product (numba_jobs.py): these, then MATRIX words for each matrix.
 N, WIDTH, X, X_STRIDE, PADDED, PADDED_STRIDE, QUANTS, SUMS, SCALES, INT8, ADD, MATRICES, HEAD = range(13)
-FIRST, OUT, OUT_STRIDE, OUTPUTS, DATA, TABLE, AUX, AUX2, AUX3, BLOCK_SIZE, BIAS, ROUND, MATRIX = range(13)
+FIRST, OUT, OUT_STRIDE, OUTPUTS, DATA, TABLE, AUX, AUX2, AUX3, BLOCK_SHIFT, BIAS, ROUND, MATRIX = range(13)
 
 # RMSNorm and SwiGLU (numba_layers.py); NORM_EPS holds a float32.
 NORM_X, NORM_GAIN, NORM_OUT, NORM_DIM, NORM_EPS, NORM_WORDS = range(6)
