@@ -52,3 +52,7 @@ class UnsupportedError(FormatError):
 
 class SourceError(FormatError):
     """A checkpoint, tokenizer or configuration file to be converted is damaged or incomplete."""
+
+
+class OptionError(ValueError):
+    """An option of a conversion has a value that cannot be had; the text says what can."""

@@ -54,7 +54,10 @@ class SourceTensor:
 
 @dataclass
 class Source:
-    """An opened checkpoint: everything that goes into the header, and the tensors by our names."""
+    """An opened checkpoint: everything that goes into the header, and the tensors by our names.
+
+    extra: tensors besides those of a plain Llama, kept as they are; sections: what the header says about them
+    """
 
     path: Path
     name: str
@@ -67,6 +70,8 @@ class Source:
     files: list[Path]
     tensors: dict[str, SourceTensor]
     notes: list[str] = field(default_factory=list)
+    extra: list[str] = field(default_factory=list)
+    sections: dict[str, Any] = field(default_factory=dict)
 
 
 def open_source(path: str | os.PathLike[str]) -> Source:

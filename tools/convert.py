@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from formats.convert import QUANTS, Summary, convert
+from formats.convert import PLAIN, QUANTS, Summary, convert_several, several_paths
+from formats.plan import KEEP, MIXED
 from formats.source import open_source
-from runtime.cli import ArgumentParser, run
+from runtime.cli import ArgumentParser, UserError, run
+from runtime.encoder import fast_encoder
 from runtime.progress import Bar
 
 HELP = "convert a Hugging Face folder or a GGUF file to a .trit file"
@@ -20,12 +23,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
     codecs = ", ".join(QUANTS)
     parser.add_argument("source", metavar="SOURCE", help="Hugging Face folder, or GGUF file")
-    parser.add_argument("-o", "--out", metavar="OUT.trit", help="the file to write")
-    parser.add_argument("--quant", required=True, choices=QUANTS, metavar="CODEC", help=f"one of {codecs}")
+    parser.add_argument("-o", "--out", metavar="OUT.trit", help="the file to write; with several codecs the folder")
+    quant_help = f"one of {codecs}; or several codecs with commas between them, for one file each"
+    parser.add_argument("--quant", required=True, type=quants, metavar="CODEC", help=quant_help)
+    parser.add_argument("--bpw", type=float, metavar="F", help=f"with {MIXED}: bits per weight, at most")
     embed_help = "for embeddings and lm_head (default f16; with --quant keep: keep)"
-    parser.add_argument("--embed", choices=QUANTS, metavar="CODEC", help=embed_help)
+    parser.add_argument("--embed", choices=(*PLAIN, KEEP), metavar="CODEC", help=embed_help)
     parser.add_argument("--overwrite", action="store_true", help="replace OUT.trit if it is there")
     parser.add_argument("--dry-run", action="store_true", help="say what would be written, and stop")
+
+
+def quants(text: str) -> list[str]:
+    """Read one codec, or several plain ones with commas between them, for argparse."""
+    names = text.split(",")
+    allowed = QUANTS if len(names) == 1 else PLAIN
+    for name in names:
+        if name not in allowed:
+            raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(allowed)}")
+    if len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(f"{text!r} names a codec twice")
+    return names
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,18 +56,39 @@ def _main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if args.out is None and not args.dry_run:
         parser.error("the following arguments are required: -o/--out")
+    if (args.bpw is None) == (args.quant == [MIXED]):
+        parser.error(f"--quant {MIXED} goes with --bpw, and nothing else does")
     started = time.perf_counter()
     source = open_source(args.source)
-    out = Path(args.out or "OUT.trit")
-    with Bar("convert") as bar:
-        summary = convert(source, out, args.quant, args.embed, args.overwrite, args.dry_run, bar)
-    for note in summary.notes:
+    out, several = Path(args.out or "OUT.trit"), len(args.quant) > 1
+    paths = several_paths(source, out, args.quant) if several else {args.quant[0]: out}
+    with Bar("convert") as bar, fast_encoder() as encode, _folder(out, several and not args.dry_run):
+        summaries = convert_several(source, paths, args.embed, args.overwrite, args.dry_run, bar, encode, args.bpw)
+    for note in dict.fromkeys(note for summary in summaries for note in summary.notes):
         print(f"note: {note}", file=sys.stderr)
-    if args.dry_run:
-        print_plan(summary)
-    else:
-        print_summary(summary, time.perf_counter() - started)
+    for summary in summaries:
+        if args.dry_run:
+            print_plan(summary)
+        else:
+            print_summary(summary, time.perf_counter() - started)
     return 0
+
+
+@contextmanager
+def _folder(path: Path, wanted: bool) -> Iterator[None]:
+    """Make the folder for several files, and take it away again if they do not come to be."""
+    if not wanted or path.is_dir():
+        yield
+        return
+    if path.exists():
+        raise UserError(f"{path}: is a file; several codecs need a folder")
+    path.mkdir()
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            path.rmdir()
+        raise
 
 
 def print_plan(summary: Summary) -> None:
@@ -59,7 +97,10 @@ def print_plan(summary: Summary) -> None:
         dtype = item.source.dtype if item.source else "-"
         shape = "x".join(str(n) for n in item.shape)
         print(f"{item.name:32} {dtype:>6} -> {item.codec:6} {shape:>14} {item.nbytes:>14,}")
-    print(f"total {len(summary.plan)} tensors, {summary.nbytes:,} bytes, {summary.bpw:.2f} bits per weight")
+    print(
+        f"total {len(summary.plan)} tensors, {summary.nbytes:,} bytes, {summary.bpw:.2f} bits per weight, "
+        f"{summary.matrix_bpw:.2f} in the layers' matrices"
+    )
 
 
 def print_summary(summary: Summary, seconds: float) -> None:
@@ -71,8 +112,8 @@ def print_summary(summary: Summary, seconds: float) -> None:
         )
     size = summary.path.stat().st_size
     print(
-        f"{summary.path}: {len(summary.plan)} tensors, {size / 1e6:.1f} MB, "
-        f"{summary.bpw:.2f} bits per weight, {seconds:.1f} s",
+        f"{summary.path}: {len(summary.plan)} tensors, {size / 1e6:.1f} MB, {summary.bpw:.2f} bits per weight "
+        f"({summary.matrix_bpw:.2f} in the layers' matrices), {seconds:.1f} s",
         file=sys.stderr,
     )
 

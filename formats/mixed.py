@@ -1,0 +1,96 @@
+"""Mixed depth: which matrix gets how many trits, at a given average of bits per weight.
+
+The harm of a matrix at a depth is taken to be
+
+    sensitivity of its role * number of weights * relative squared error of its weights at that depth
+
+and every matrix starts at the deepest uniform depth that the budget allows. Then, again and again, the matrix that
+loses most harm for each bit added gets one trit more, as long as the average stays within the budget. No matrix goes
+below the uniform depth: taking trits from seemingly dull matrices was measured to be worse than uniform, because the
+harm of depth 1 grows faster than its squared error says.
+
+The sensitivities are shares of predicted damage per weight, measured once on SmolLM2-135M (squared gradients of the
+loss, 4096 tokens, times the squared error of depth 2): 36 % of it came from wv, which has 3 % of the weights. They
+rank roles, not layers; ranking layers needs calibration on the model itself.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .codec_base import Rows
+from .codecs import CODECS, payload_nbytes
+from .errors import OptionError
+from .trit import Encode
+
+DEPTHS = (1, 2, 3, 4)
+SENSITIVITY = {"wv": 11.5, "wk": 1.9, "w2": 0.84, "w3": 0.72, "w1": 0.44, "wo": 0.43, "wq": 0.32}
+SAMPLE = 1 << 20  # weights of a matrix that are measured
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One matrix. errors, nbytes: relative squared error and size at depth 1, 2, 3, 4"""
+
+    name: str
+    weights: int
+    errors: Sequence[float]
+    nbytes: Sequence[int]
+
+    def harm(self, depth: int) -> float:
+        return SENSITIVITY[self.name.rsplit(".", 1)[-1]] * self.weights * self.errors[depth - 1]
+
+
+def measure(name: str, rows: Rows, encode: Encode) -> Measured:
+    """Quantise evenly spaced rows of a matrix at every depth and compare.
+
+    Raises ValueError if a value is NaN or infinite.
+    """
+    out, width = rows.shape
+    few = min(out, max(SAMPLE // width, 1))
+    w = rows[:] if few == out else np.concatenate([rows[i : i + 1] for i in np.linspace(0, out - 1, few).astype(int)])
+    power = float(np.square(w, dtype=np.float64).sum())
+    errors = []
+    for depth, (params, parts) in encode(w, DEPTHS).items():
+        rest = w - CODECS[f"trit{depth}"].dequantize(parts, w.shape, params)
+        errors.append(float(np.square(rest, dtype=np.float64).sum()) / power if power else 0.0)
+    nbytes = [payload_nbytes(f"trit{depth}", rows.shape, {"dtype": "float32"}) for depth in DEPTHS]
+    return Measured(name, out * width, errors, nbytes)
+
+
+def allocate(matrices: Sequence[Measured], bpw: float) -> Mapping[str, int]:
+    """Choose the depth of each matrix so that all together take at most `bpw` bits per weight.
+
+    Raises OptionError if even one trit each takes more.
+    """
+    budget = bpw * sum(m.weights for m in matrices) / 8
+    uniform = [sum(m.nbytes[depth - 1] for m in matrices) for depth in DEPTHS]
+    if uniform[0] > budget:
+        least = 8 * uniform[0] / sum(m.weights for m in matrices)
+        raise OptionError(f"{bpw:g} bits per weight are too few: one trit each takes {least:.2f}")
+    base = max(depth for depth in DEPTHS if uniform[depth - 1] <= budget)
+    depths = dict.fromkeys((m.name for m in matrices), base)
+    left = budget - uniform[base - 1]
+    queue = [_step(m, base, i) for i, m in enumerate(matrices) if base < DEPTHS[-1]]
+    heapq.heapify(queue)
+    while queue:
+        _, i, depth = heapq.heappop(queue)
+        matrix = matrices[i]
+        more = matrix.nbytes[depth - 1] - matrix.nbytes[depth - 2]
+        if more > left:
+            continue
+        left -= more
+        depths[matrix.name] = depth
+        if depth < DEPTHS[-1]:
+            heapq.heappush(queue, _step(matrix, depth, i))
+    return depths
+
+
+def _step(matrix: Measured, depth: int, i: int) -> tuple[float, int, int]:
+    """Rate one trit more than `depth`: the best step sorts first, equal ones in the order of the model."""
+    more = matrix.nbytes[depth] - matrix.nbytes[depth - 1]
+    return (matrix.harm(depth + 1) - matrix.harm(depth)) / more, i, depth + 1

@@ -1,0 +1,204 @@
+"""What a conversion will write: the codec and the size of every tensor, before any of them is converted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .codec_base import Rows
+from .codecs import align, payload_nbytes
+from .errors import OptionError, SourceError, UnsupportedError
+from .mixed import allocate, measure
+from .source import Source, SourceTensor, expected_tensors
+from .trit import Encode
+
+Progress = Callable[[int, int, str], None]
+
+KEEP = "keep"
+TRITS = ("trit1", "trit2", "trit3", "trit4")
+PLAIN = (*TRITS, "nf4", "q8", "f16", "bf16", "f32")
+MIXED = "trit-mixed"
+QUANTS = (*PLAIN, KEEP, MIXED)
+EMBEDDINGS = frozenset({"tok_embeddings", "output"})
+KEPT = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
+# What the quantisers are asked for: their parameters, spelt out because the plan needs the sizes beforehand
+OPTIONS: dict[str, dict[str, Any]] = {
+    **{codec: {"dtype": "float32"} for codec in TRITS},
+    "nf4": {"block": 64, "nested_block": 256, "dtype": "float32"},
+}
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One tensor of the file to be written. source: None for a blob, whose bytes are then in `data`.
+
+    remark: what a person should know about it; facts: more of it, for --report
+    """
+
+    name: str
+    codec: str
+    params: dict[str, Any]
+    shape: tuple[int, ...]
+    source: SourceTensor | None = None
+    data: bytes = b""
+    remark: str = ""
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        return payload_nbytes(self.codec, self.shape, self.params)
+
+    @property
+    def weights(self) -> int:
+        return prod(self.shape) if self.source else 0
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it is a matrix of a layer: what --quant is about."""
+        return len(self.shape) == 2 and self.name not in EMBEDDINGS
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What was written, or with `dry_run` would be."""
+
+    path: Path
+    plan: list[Planned]
+    notes: list[str]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all payloads, the tokenizer's among them."""
+        return sum(align(item.nbytes) for item in self.plan)
+
+    @property
+    def weights(self) -> int:
+        return sum(item.weights for item in self.plan)
+
+    @property
+    def bpw(self) -> float:
+        """Bits per weight of the whole model, the tokenizer left out."""
+        return bits_per_weight([item for item in self.plan if item.source])
+
+    @property
+    def matrix_bpw(self) -> float:
+        """Bits per weight of the layers' matrices, which are what --quant is about."""
+        return bits_per_weight([item for item in self.plan if item.is_matrix])
+
+    def by_codec(self) -> dict[str, dict[str, Any]]:
+        """Give {codec: {"tensors", "weights", "bytes", "bpw"}}, the tokenizer's blobs left out."""
+        groups: dict[str, list[Planned]] = {}
+        for item in self.plan:
+            if item.source:
+                groups.setdefault(item.codec, []).append(item)
+        return {
+            codec: {
+                "tensors": len(items),
+                "weights": sum(i.weights for i in items),
+                "bytes": sum(i.nbytes for i in items),
+                "bpw": bits_per_weight(items),
+            }
+            for codec, items in groups.items()
+        }
+
+
+def bits_per_weight(items: list[Planned]) -> float:
+    return 8 * sum(item.nbytes for item in items) / max(sum(item.weights for item in items), 1)
+
+
+def check_codecs(quant: str, embed: str | None, bpw: float | None) -> str:
+    """Check the options and give `embed` its default.
+
+    Raises OptionError.
+    """
+    if embed is None:
+        embed = KEEP if quant == KEEP else "f16"
+    for option, value, allowed in (("quant", quant, QUANTS), ("embed", embed, (*PLAIN, KEEP))):
+        if value not in allowed:
+            raise OptionError(f"{option} is {value!r}; supported are {', '.join(allowed)}")
+    if (bpw is not None) != (quant == MIXED):
+        raise OptionError(f"{MIXED} needs a number of bits per weight (--bpw), and nothing else does")
+    if bpw is not None and not 0 < bpw < 100:
+        raise OptionError(f"bpw is {bpw}; expected bits per weight, such as 3.0")
+    return embed
+
+
+def make_plan(
+    source: Source, quant: str, embed: str, bpw: float | None, encode: Encode, progress: Progress | None
+) -> list[Planned]:
+    """Decide the codec of every tensor, in the order of the file: the tokenizer, then as the model runs.
+
+    Raises SourceError, UnsupportedError; OptionError if `bpw` is too small.
+    """
+    plan = [Planned(name, "u8", {}, (len(data),), None, data) for name, data in sorted(source.blobs.items())]
+    mixed = _mixed(source, bpw, encode, progress) if bpw is not None else {}
+    for name in [*expected_tensors(source.config), *source.extra]:
+        tensor = source.tensors[name]
+        wanted = KEEP if name in source.extra else embed if name in EMBEDDINGS else mixed.get(name, quant)
+        codec, params = _codec_of(tensor, wanted)
+        plan.append(Planned(name, codec, params, tensor.shape, tensor))
+    return plan
+
+
+def _mixed(source: Source, bpw: float, encode: Encode, progress: Progress | None) -> dict[str, str]:
+    """Give the codec of each matrix of the layers, none of them below what others of the budget allow."""
+    names = [n for n, shape in expected_tensors(source.config).items() if len(shape) == 2 and n not in EMBEDDINGS]
+    measured = []
+    for i, name in enumerate(names):
+        if progress:
+            progress(i, len(names), f"measuring {name}")
+        measured.append(measure(name, rows_of(source.tensors[name]), encode))
+    return {name: f"trit{depth}" for name, depth in allocate(measured, bpw).items()}
+
+
+def notes_on(plan: list[Planned]) -> list[str]:
+    """Say so where a source's own quantisation is thrown away."""
+    again = [i.source.dtype for i in plan if i.source and i.source.carried and i.source.carried.codec != i.codec]
+    if not again:
+        return []
+    return [f"{len(again)} tensors are dequantised from {again[0]} and quantised again; --quant keep loses nothing"]
+
+
+def _codec_of(tensor: SourceTensor, wanted: str) -> tuple[str, dict[str, Any]]:
+    if tensor.carried and wanted in (KEEP, tensor.carried.codec):
+        return tensor.carried.codec, tensor.carried.params
+    if len(tensor.shape) == 1:
+        return _vector_codec(tensor), {}
+    if wanted != KEEP:
+        return wanted, OPTIONS.get(wanted, {})
+    if tensor.dtype not in KEPT:
+        raise UnsupportedError(
+            tensor.file,
+            f"has type {tensor.dtype}, which cannot be kept ({', '.join(KEPT)} can); choose another --quant",
+            tensor.theirs,
+        )
+    return KEPT[tensor.dtype], {}
+
+
+def _vector_codec(tensor: SourceTensor) -> str:
+    """Norms and biases lose nothing: float16 where it holds every value exactly, else float32."""
+    values = read_checked(tensor, 0, tensor.shape[0])
+    with np.errstate(over="ignore"):
+        return "f16" if np.array_equal(values.astype(np.float16).astype(np.float32), values) else "f32"
+
+
+def rows_of(tensor: SourceTensor) -> Rows:
+    """Give a matrix that is read, and checked, as it is used."""
+    return Rows(tensor.shape, lambda start, stop: read_checked(tensor, start, stop))
+
+
+def read_checked(tensor: SourceTensor, start: int, stop: int) -> np.ndarray:
+    """Read rows start..stop as float32. Raises SourceError at a value that is not finite."""
+    values = tensor.read_rows(start, stop)
+    finite = np.isfinite(values)
+    if not finite.all():
+        where = np.argwhere(~finite)[0]
+        bad = values[tuple(where)]
+        where[0] += start
+        raise SourceError(tensor.file, f"holds {bad} at {where.tolist()}: the checkpoint is broken", tensor.theirs)
+    return values

@@ -1,0 +1,35 @@
+"""The quantiser that converters use: compiled, on all cores; the slow reference where Numba is not to be had."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import numpy as np
+
+from formats.codec_base import Rows
+from formats.trit import Encode, Encoded, encode_reference
+
+
+@contextmanager
+def fast_encoder(n_threads: int | None = None) -> Iterator[Encode]:
+    """Give the quantiser to pass to `convert`; the threads end with the block.
+
+    n_threads: default is every core that this process may use. The result does not depend on it.
+    """
+    try:
+        from .kernels.numba_encode import encode
+        from .kernels.pool import usable_cores
+    except ImportError:
+        yield encode_reference
+        return
+    with ThreadPoolExecutor(n_threads or usable_cores(), "trit-encode") as pool:
+
+        def run(w: np.ndarray | Rows, depths: Sequence[int], dtype: str = "float32") -> Encoded:
+            return encode(w, depths, dtype, pool.map)
+
+        try:
+            yield run
+        finally:
+            pool.shutdown(cancel_futures=True)
