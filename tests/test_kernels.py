@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from formats import CODECS, TritWriter, dequantize, open_trit
+from formats import CODECS, Tensor, TritWriter, dequantize, open_trit
 from runtime.kernels import Kernels, get_kernels
 from runtime.kernels.numpy_backend import quantize_activations
 
@@ -44,8 +44,9 @@ def matrices(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for codec in MATRIX_CODECS:
         for k, options in enumerate(OPTIONS.get(codec, [{}])):
             for shape in SHAPES:
-                w = rng.standard_normal(shape).astype(np.float32) * rng.lognormal(size=(shape[0], 1)).astype(np.float32)
-                tensors.append((f"{codec}.{k}.{shape[0]}x{shape[1]}", codec, shape, *CODECS[codec].quantize(w, **options)))
+                w = (rng.standard_normal(shape) * rng.lognormal(size=(shape[0], 1))).astype(np.float32)
+                name = f"{codec}.{k}.{shape[0]}x{shape[1]}"
+                tensors.append((name, codec, shape, *CODECS[codec].quantize(w, **options)))
     with TritWriter(path, {}, [t[0] for t in tensors]) as writer:
         for tensor in tensors:
             writer.add(*tensor)
@@ -74,11 +75,10 @@ def test_product(matrices: Path, kernels: Kernels, codec: str, batch: int) -> No
             assert (np.abs(added - (product - bias + y)) <= limit + SUM_ERROR * np.abs(y)).all(), tensor.name
 
 
-def _int8_rounding(tensor: object, kernels: Kernels, size: np.ndarray) -> np.ndarray:
-    """With int8 sums the product q * unit is not rounded to the half type that the file states; its relative error is."""
-    dtype = tensor.params.get("dtype", "float32")  # type: ignore[attr-defined]
-    relative = {"float32": 0.0, "float16": 2**-11, "bfloat16": 2**-8}[dtype]
-    return relative * size if kernels.int8 and tensor.codec.startswith("trit") else 0.0 * size  # type: ignore[attr-defined]
+def _int8_rounding(tensor: Tensor, kernels: Kernels, size: np.ndarray) -> np.ndarray:
+    """Int8 sums do not round q * unit to the half type that the file states; the relative error is that type's."""
+    relative = {"float32": 0.0, "float16": 2**-11, "bfloat16": 2**-8}[tensor.params.get("dtype", "float32")]
+    return relative * size if kernels.int8 and tensor.codec.startswith("trit") else 0.0 * size
 
 
 def test_several_matrices_of_several_codecs_in_one_call(matrices: Path, kernels: Kernels) -> None:
