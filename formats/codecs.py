@@ -5,7 +5,7 @@ from __future__ import annotations
 from .codec_base import Codec, Params, Shape
 from .dense import ByteCodec, FloatCodec, Q8Codec
 from .nf4 import NF4Codec
-from .trit import TritCodec
+from .trit_codec import TritCodec
 
 ALIGNMENT = 64
 

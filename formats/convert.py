@@ -21,7 +21,7 @@ from .codecs import CODECS, align
 from .errors import SourceError
 from .plan import KEEP, PLAIN, QUANTS, TRITS, Planned, Progress, Summary, check_codecs, make_plan, notes_on, rows_of
 from .source import Source
-from .trit import Encode, encode_reference
+from .trit_codec import Encode, encode_reference
 from .version import __version__
 from .writer import TritWriter, close_all
 

@@ -25,7 +25,7 @@ import numpy as np
 from .codec_base import Rows
 from .codecs import CODECS, payload_nbytes
 from .errors import OptionError
-from .trit import Encode
+from .trit_codec import Encode
 
 DEPTHS = (1, 2, 3, 4)
 SENSITIVITY = {"wv": 11.5, "wk": 1.9, "w2": 0.84, "w3": 0.72, "w1": 0.44, "wo": 0.43, "wq": 0.32}

@@ -15,7 +15,7 @@ from .codecs import align, payload_nbytes
 from .errors import OptionError, SourceError, UnsupportedError
 from .mixed import allocate, measure
 from .source import Source, SourceTensor, expected_tensors
-from .trit import Encode
+from .trit_codec import Encode
 
 Progress = Callable[[int, int, str], None]
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from formats.codec_base import Rows
-from formats.trit import Encode, Encoded, encode_reference
+from formats.trit_codec import Encode, Encoded, encode_reference
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from formats.trit import TritCodec
+from formats.trit_codec import TritCodec
 from runtime.kernels import numba_encode
 from runtime.kernels.numba_encode import encode
 

@@ -17,7 +17,7 @@ from formats.errors import SourceError
 from formats.mixed import SENSITIVITY, Measured, allocate, measure
 from formats.plan import rows_of
 from formats.source import Source, open_source
-from formats.trit import encode_reference
+from formats.trit_codec import encode_reference
 from runtime.encoder import fast_encoder
 from tests.checkpoints import HF_CONFIG, weights_for, write_hf
 from tools.convert import main

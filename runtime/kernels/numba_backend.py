@@ -15,6 +15,8 @@ from ..cache import KVRing
 from . import words as w
 from .base import ACT_BLOCK, GROUPED
 from .compiling import cpu, kernel
+from .exceptions import Exceptions
+from .numpy_backend import quantize_activations
 from .pool import Pool, usable_cores
 
 _ROUNDING = {"float32": 0, "float16": 1, "bfloat16": 2}
@@ -117,6 +119,7 @@ class NumbaLinear:
             (_Job(task, [tensors[i] for i in which], [biases[i] for i in which]), which)
             for task, which in by_task.items()
         ]
+        self._exceptions = [(i, Exceptions(t)) for i, t in enumerate(tensors) if "exceptions" in t.params]
 
     def __call__(self, x: np.ndarray, outs: Sequence[np.ndarray], add: bool = False) -> None:
         n, space, pool = len(x), self._kernels.workspace, self._kernels.pool
@@ -131,6 +134,10 @@ class NumbaLinear:
             if i == 0:
                 pool.run(self._kernels.pack_task, job.base, n)
             pool.run(job.task, job.base, job.units)
+        if self._exceptions:
+            rounded = quantize_activations(x) if self._int8 else x
+            for i, exceptions in self._exceptions:
+                exceptions.add_product(rounded, outs[i])
 
 
 def _task_address(tensor: Tensor, int8: bool) -> int:

@@ -13,7 +13,8 @@ import numpy as np
 from numba import njit
 
 from formats.codec_base import Rows, check_fits, finite_rows, row_chunks
-from formats.trit import ENTRIES, GROUP, GROUPS, ROWS, Encoded, TritCodec, codebook, max_level
+from formats.trit import ENTRIES, GROUP, GROUPS, ROWS, codebook, max_level
+from formats.trit_codec import Encoded, TritCodec
 
 LANES = 64
 ROUNDER = np.float32(12582912.0)  # 1.5 * 2**23: adding and subtracting it rounds to integer, ties to even
