@@ -10,6 +10,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,21 @@ import numpy as np
 from .codec_base import Rows, Streamed
 from .codecs import CODECS, align
 from .errors import SourceError
-from .plan import KEEP, PLAIN, QUANTS, TRITS, Planned, Progress, Summary, check_codecs, make_plan, notes_on, rows_of
+from .plan import (
+    KEEP,
+    KEPT,
+    PLAIN,
+    QUANTS,
+    TRITS,
+    Planned,
+    Progress,
+    Summary,
+    check_codecs,
+    make_plan,
+    notes_on,
+    rows_of,
+)
+from .recovered import recover_packed
 from .source import Source
 from .trit_codec import Encode, encode_reference
 from .version import __version__
@@ -27,7 +42,7 @@ from .writer import TritWriter, close_all
 
 __all__ = ["KEEP", "PLAIN", "QUANTS", "Planned", "Progress", "Summary", "convert", "convert_several", "several_paths"]
 
-Packed = tuple[dict[str, Any], dict[str, np.ndarray | Streamed]]
+Packed = tuple[Planned, dict[str, np.ndarray | Streamed]]
 
 # Codecs of one part whose rows do not depend on each other: made while they are written, never whole in memory
 STREAMED = frozenset({"f32", "f16", "bf16"})
@@ -82,7 +97,7 @@ def convert_several(
         own = check_codecs(quant, embed, bpw)
         plan = make_plan(source, quant, own, bpw, encode, progress)
         options = f"--quant {quant} --embed {own}" + (f" --bpw {bpw:g}" if bpw else "")
-        jobs.append((Summary(Path(path), plan, [*source.notes, *notes_on(plan)]), options))
+        jobs.append((Summary(Path(path), plan, [*source.notes, *notes_on(plan, done=False)]), options))
     summaries = [summary for summary, _ in jobs]
     if dry_run:
         return summaries
@@ -95,26 +110,32 @@ def convert_several(
             names = [item.name for item in summary.plan]
             with _naming(summary.path):
                 writers.append(stack.enter_context(TritWriter(summary.path, record, names, overwrite)))
-        _write(summaries, writers, encode, progress)
+        plans = _write(summaries, writers, encode, progress)
         with _naming(summaries[0].path):
             close_all(writers)
-    return summaries
+    return [
+        Summary(summary.path, plan, [*source.notes, *notes_on(plan, done=True)])
+        for summary, plan in zip(summaries, plans, strict=True)
+    ]
 
 
 def _write(
     summaries: Sequence[Summary], writers: Sequence[TritWriter], encode: Encode, progress: Progress | None
-) -> None:
+) -> list[list[Planned]]:
+    """Write every tensor to every file. returns: the plans as they were carried out"""
     done, total = 0, sum(summary.nbytes for summary in summaries)
+    written: list[list[Planned]] = [[] for _ in summaries]
     for items in zip(*(summary.plan for summary in summaries), strict=True):
         if progress:
             progress(done, total, items[0].name)
-        packed = _pack(items, encode)
-        for item, writer in zip(items, writers, strict=True):
+        for plan, writer, (item, parts) in zip(written, writers, _pack(items, encode), strict=True):
             with _naming(Path(writer.path)):
-                writer.add(item.name, item.codec, item.shape, *packed[item.codec])
-            done += align(item.nbytes)
+                writer.add(item.name, item.codec, item.shape, item.params, parts)
+            plan.append(item)
+        done += sum(align(item.nbytes) for item in items)
     if progress:
         progress(total, total, "closing")
+    return written
 
 
 def several_paths(source: Source, folder: Path, quants: Sequence[str]) -> dict[str, Path]:
@@ -126,28 +147,45 @@ def several_paths(source: Source, folder: Path, quants: Sequence[str]) -> dict[s
 # ---- one tensor -----------------------------------------------------------------------------------------
 
 
-def _pack(items: Sequence[Planned], encode: Encode) -> dict[str, Packed]:
-    """Make one tensor's parts in every codec that is asked for: {codec: (params, parts)}."""
-    wanted = {item.codec: item for item in items}
+def _pack(items: Sequence[Planned], encode: Encode) -> list[Packed]:
+    """Make one tensor's parts for each file, each kind of them once."""
     tensor = items[0].source
     if tensor is None:
-        return {"u8": ({}, {"values": np.frombuffer(items[0].data, np.uint8)})}
+        return [(item, {"values": np.frombuffer(item.data, np.uint8)}) for item in items]
     rows = rows_of(tensor)
-    depths = [int(codec[4:]) for codec in wanted if codec in TRITS]
+    depths = {int(item.codec[4:]): item for item in items if item.codec in TRITS and not item.recover}
     packed: dict[str, Packed] = {}
-    for codec, item in wanted.items():
+    for item in items:
+        if item.codec in packed:
+            continue
         with _blaming(item):
-            if tensor.carried and tensor.carried.codec == codec:
-                packed[codec] = item.params, {**tensor.carried.read()}
-            elif codec in STREAMED:
-                packed[codec] = {}, {"values": _streamed(item, rows)}
-            elif codec not in TRITS:
-                params, parts = CODECS[codec].quantize(rows, **item.params)
-                packed[codec] = params, {**parts}
-            elif codec not in packed:
-                found = encode(rows, depths, **item.params)
-                packed |= {f"trit{depth}": (params, {**parts}) for depth, (params, parts) in found.items()}
-    return packed
+            if item.recover:
+                packed[item.codec] = _recovered(item, rows)
+            elif tensor.carried and tensor.carried.codec == item.codec:
+                packed[item.codec] = item, {**tensor.carried.read()}
+            elif item.codec in STREAMED:
+                packed[item.codec] = item, {"values": _streamed(item, rows)}
+            elif item.codec in TRITS:
+                for depth, (_, parts) in encode(rows, list(depths), **item.params).items():
+                    packed[f"trit{depth}"] = depths[depth], {**parts}
+            else:
+                packed[item.codec] = item, {**CODECS[item.codec].quantize(rows, **item.params)[1]}
+    return [packed[item.codec] for item in items]
+
+
+def _recovered(item: Planned, rows: Rows) -> Packed:
+    """Pack the trits that a matrix was made of; if there are none after all, keep it as it is and say so."""
+    found = recover_packed(rows, item.params["dtype"])
+    if isinstance(found, str):
+        assert item.source is not None
+        codec = KEPT[item.source.dtype]
+        kept = replace(item, codec=codec, params={}, recover=False, remark=f"is kept as {codec}: {found}")
+        return kept, {"values": _streamed(kept, rows)}
+    (codec, params, parts), facts = found
+    count, remark = facts["exceptions"], ""
+    if count:
+        remark = f"has {count} groups of 16 that are no trits: they are carried as they are"
+    return replace(item, codec=codec, params=params, remark=remark, facts=facts), {**parts}
 
 
 def _streamed(item: Planned, rows: Rows) -> Streamed:

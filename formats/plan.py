@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from .codec_base import Rows
 from .codecs import align, payload_nbytes
 from .errors import OptionError, SourceError, UnsupportedError
 from .mixed import allocate, measure
+from .recovered import guess_trits
 from .source import Source, SourceTensor, expected_tensors
 from .trit_codec import Encode
 
@@ -24,6 +26,7 @@ TRITS = ("trit1", "trit2", "trit3", "trit4")
 PLAIN = (*TRITS, "nf4", "q8", "f16", "bf16", "f32")
 MIXED = "trit-mixed"
 QUANTS = (*PLAIN, KEEP, MIXED)
+MAX_REMARKS = 20
 EMBEDDINGS = frozenset({"tok_embeddings", "output"})
 KEPT = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 # What the quantisers are asked for: their parameters, spelt out because the plan needs the sizes beforehand
@@ -37,7 +40,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 class Planned:
     """One tensor of the file to be written. source: None for a blob, whose bytes are then in `data`.
 
-    remark: what a person should know about it; facts: more of it, for --report
+    recover: whether its values seem to be dequantised trits, which then are looked for
+    remark: what a person should know about it; facts: more of it, for the report
     """
 
     name: str
@@ -46,6 +50,7 @@ class Planned:
     shape: tuple[int, ...]
     source: SourceTensor | None = None
     data: bytes = b""
+    recover: bool = False
     remark: str = ""
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -141,8 +146,21 @@ def make_plan(
         tensor = source.tensors[name]
         wanted = KEEP if name in source.extra else embed if name in EMBEDDINGS else mixed.get(name, quant)
         codec, params = _codec_of(tensor, wanted)
-        plan.append(Planned(name, codec, params, tensor.shape, tensor))
+        item = Planned(name, codec, params, tensor.shape, tensor)
+        if wanted == KEEP and item.is_matrix and codec in KEPT.values() and name not in source.extra:
+            if progress:
+                progress(len(plan), len(source.tensors), f"looking at {name}")
+            item = _look_for_trits(item, tensor)
+        plan.append(item)
     return plan
+
+
+def _look_for_trits(item: Planned, tensor: SourceTensor) -> Planned:
+    found = guess_trits(rows_of(tensor), tensor.dtype)
+    if isinstance(found, str):
+        return replace(item, remark=f"is kept as {item.codec}: {found}")
+    codec, params = found
+    return replace(item, codec=codec, params=params, recover=True)
 
 
 def _mixed(source: Source, bpw: float, encode: Encode, progress: Progress | None) -> dict[str, str]:
@@ -156,12 +174,34 @@ def _mixed(source: Source, bpw: float, encode: Encode, progress: Progress | None
     return {name: f"trit{depth}" for name, depth in allocate(measured, bpw).items()}
 
 
-def notes_on(plan: list[Planned]) -> list[str]:
-    """Say so where a source's own quantisation is thrown away."""
+def notes_on(plan: list[Planned], done: bool) -> list[str]:
+    """Say what was found in the source and what became of it. done: whether the plan has been carried out"""
+    notes = []
     again = [i.source.dtype for i in plan if i.source and i.source.carried and i.source.carried.codec != i.codec]
-    if not again:
-        return []
-    return [f"{len(again)} tensors are dequantised from {again[0]} and quantised again; --quant keep loses nothing"]
+    if again:
+        notes.append(
+            f"{len(again)} tensors are dequantised from {again[0]} and quantised again; --quant keep loses nothing"
+        )
+    looked = [item for item in plan if item.recover or item.remark]
+    if not any(item.recover for item in looked):
+        return [*notes, f"none of {len(looked)} matrices holds trits: they are kept as they are"] if looked else notes
+    codecs = Counter(item.codec for item in looked if item.recover)
+    depths = ", ".join(f"{count} {codec}" for codec, count in sorted(codecs.items()))
+    if not done:
+        return [*notes, f"trits seem to be in {depths} of {len(looked)} matrices", *_remarks(looked)]
+    sums = [sum(item.facts[key] for item in looked if item.recover) for key in ("exceptions", "negative_zeros")]
+    notes.append(
+        f"trits recovered without loss from {sum(codecs.values())} of {len(looked)} matrices ({depths}); "
+        f"{sums[0]} exceptions, {sums[1]} negative zeros"
+    )
+    return [*notes, *_remarks(looked)]
+
+
+def _remarks(items: list[Planned]) -> list[str]:
+    """Name the matrices of which something is to be said."""
+    lines = [f"{item.source.theirs} {item.remark}" for item in items if item.source and item.remark]
+    more = len(lines) - MAX_REMARKS
+    return [*lines[:MAX_REMARKS], f"and {more} more such matrices"] if more > 0 else lines
 
 
 def _codec_of(tensor: SourceTensor, wanted: str) -> tuple[str, dict[str, Any]]:

@@ -25,7 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SOURCE", help="Hugging Face folder, or GGUF file")
     parser.add_argument("-o", "--out", metavar="OUT.trit", help="the file to write; with several codecs the folder")
     quant_help = f"one of {codecs}; or several codecs with commas between them, for one file each"
-    parser.add_argument("--quant", required=True, type=quants, metavar="CODEC", help=quant_help)
+    quant = parser.add_mutually_exclusive_group(required=True)
+    quant.add_argument("--quant", type=quants, metavar="CODEC", help=quant_help)
+    recover_help = "the same as --quant keep: NF4 stays NF4, and matrices of dequantised trits become trits again"
+    quant.add_argument("--recover", dest="quant", action="store_const", const=[KEEP], help=recover_help)
     parser.add_argument("--bpw", type=float, metavar="F", help=f"with {MIXED}: bits per weight, at most")
     embed_help = "for embeddings and lm_head (default f16; with --quant keep: keep)"
     parser.add_argument("--embed", choices=(*PLAIN, KEEP), metavar="CODEC", help=embed_help)
