@@ -18,6 +18,8 @@ from .source import Source, SourceTensor, check_tensors, read_json, read_text
 MAX_TEMPLATE_BYTES = 1 << 20
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "original/tokenizer.model")
 TOKENIZER_SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+# What the names of blobs begin with that hold these files as they are, for an export
+CARRIED = "tokenizer.file."
 NUMBERS_OF_GENERATION = ("temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty")
 EMBEDDING, HEAD = "tok_embeddings", "output"
 
@@ -127,8 +129,9 @@ def _tokenizer(
     from .tokenizer_source import tokenizer_from_hf
 
     tokenizer, blobs = tokenizer_from_hf(folder)
-    present = [folder / name for name in (*TOKENIZER_FILES, *TOKENIZER_SIDE_FILES)]
-    return tokenizer, blobs, [p for p in present if p.is_file()]
+    names = [name for name in (*TOKENIZER_FILES, *TOKENIZER_SIDE_FILES) if (folder / name).is_file()]
+    blobs |= {f"{CARRIED}{name}": data for name in names if (data := (folder / name).read_bytes())}
+    return tokenizer, blobs, [folder / name for name in names]
 
 
 def no_tokenizer(bos_id: int | None, eos_ids: list[int]) -> dict[str, Any]:

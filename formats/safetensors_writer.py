@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -64,6 +65,8 @@ def write_safetensors(path: Path, pieces: Iterable[Piece], progress: Callable[[i
                 f.write(data)
                 if progress:
                     progress(len(data), piece.name)
+        f.flush()
+        os.fsync(f.fileno())
 
 
 def _blocks(piece: Piece) -> Iterator[memoryview]:

@@ -12,6 +12,7 @@ from runtime.cli import UserError, run
 COMMANDS = {
     "chat": ("runtime.chat", "talk to a model"),
     "convert": ("tools.convert", "make a .trit file from a checkpoint"),
+    "export": ("tools.export", "make a Hugging Face folder from a .trit file"),
     "inspect": ("tools.inspect", "show or verify what is in a .trit file"),
     "perplexity": ("tools.perplexity", "measure how well a model predicts a text"),
     "bench": ("tools.bench", "measure the speed of a model"),
