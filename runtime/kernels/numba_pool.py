@@ -105,10 +105,11 @@ def _work(state: int) -> bool:
     return True
 
 
-def post_and_work(state: int, units: int) -> None:
-    """Run the job whose task and arguments stand in the state to its end. Only one thread may be in here at a time.
-
-    No worker looks at them before the claim word changes: UNITS is 0 between jobs."""
+@njit(forceinline=True)
+def _run_job(state: int, task: int, arguments: int, units: int) -> None:
+    """Run one job to its end. No worker looks at it before the claim word changes: UNITS is 0 between jobs."""
+    _atomic_store(state, TASK, task)
+    _atomic_store(state, ARGUMENTS, arguments)
     _atomic_store(state, DONE, 0)
     job = (_atomic_load(state, CLAIM) >> _UNIT_BITS) + 1
     _atomic_store(state, CLAIM, job << _UNIT_BITS)
@@ -118,6 +119,19 @@ def post_and_work(state: int, units: int) -> None:
     while _atomic_load(state, DONE) < units:
         _pause()
     _atomic_store(state, UNITS, 0)
+
+
+def run_jobs(state: int, jobs: int) -> None:
+    """Run jobs one after another. Only one thread may be in here at a time.
+
+    jobs: the address of their number, then of task, arguments and units of each, all int64."""
+    for i in range(_atomic_load(jobs, 0)):
+        _run_job(
+            state,
+            _atomic_load(jobs, 1 + 3 * i),
+            _atomic_load(jobs, 2 + 3 * i),
+            _atomic_load(jobs, 3 + 3 * i),
+        )
 
 
 def serve(state: int, _unit: int) -> None:

@@ -15,7 +15,7 @@ import time
 import numpy as np
 
 from .compiling import kernel
-from .words import ARGUMENTS, PARKED, STARTED, STATE_WORDS, STOP, TASK, THREADS
+from .words import PARKED, STARTED, STATE_WORDS, STOP, THREADS
 
 # A kernel as ctypes calls it (the GIL is released): places for Numba's result and error, then two integers.
 _KERNEL = ctypes.CFUNCTYPE(ctypes.c_int32, *[ctypes.c_ssize_t] * 4)
@@ -42,8 +42,11 @@ class Pool:
             raise ValueError(f"n_threads is {n_threads}; it must be 1 or more")
         self.n_threads = n_threads
         self._lock = threading.Lock()
+        self.recording: list[int] | None = None  # of jobs, as run_jobs wants them, while a program is being made
+        self._one = np.zeros(4, np.int64)
+        self._one_address = self._one.ctypes.data
         self._serve = _KERNEL(kernel("numba_pool", "serve"))
-        self._post_and_work = _KERNEL(kernel("numba_pool", "post_and_work"))
+        self._run_jobs = _KERNEL(kernel("numba_pool", "run_jobs"))
         self._reset()
 
     def _reset(self) -> None:
@@ -72,17 +75,27 @@ class Pool:
 
     def run(self, task: int, arguments: int, units: int) -> None:
         """Run units 0 .. units-1 of the kernel at the address `task` and return when all are done."""
+        if self.recording is not None:
+            self.recording += task, arguments, units
         with self._lock:
-            if self._pid != os.getpid():
-                self._reset()
-            if units > 1 and self.n_threads > 1:
-                if not self._workers:
-                    self._start()
-                asleep = len(self._workers) - self._awake()
-                if asleep:
-                    self._wake(asleep)
-            self._state[TASK], self._state[ARGUMENTS] = task, arguments
-            self._post_and_work(self._spare, self._spare + 8, self._base, units)
+            self._one[:] = 1, task, arguments, units
+            self._submit(self._one_address, parallel=units > 1)
+
+    def run_jobs(self, jobs: int) -> None:
+        """Run a list of jobs (words.py) at that address, one after another."""
+        with self._lock:
+            self._submit(jobs, parallel=True)
+
+    def _submit(self, jobs: int, parallel: bool) -> None:
+        if self._pid != os.getpid():
+            self._reset()
+        if parallel and self.n_threads > 1:
+            if not self._workers:
+                self._start()
+            asleep = len(self._workers) - self._awake()
+            if asleep:
+                self._wake(asleep)
+        self._run_jobs(self._spare, self._spare + 8, self._base, jobs)
 
     def _awake(self) -> int:
         return int(self._state[STARTED] - self._state[PARKED])

@@ -23,9 +23,11 @@ AT_KEYS, AT_VALUES, AT_OUT, AT_SCALE, AT_WORDS = range(17, 22)
 # The pool's shared state (numba_pool.py), one cache line apart so that the threads do not fight over them.
 CLAIM, DONE, STARTED, PARKED = 0, 8, 16, 17
 STOP, THREADS, TASK, ARGUMENTS, UNITS, STATE_WORDS = 24, 25, 32, 33, 34, 40
+# A list of jobs: their number, then these words for each.
+JOB_TASK, JOB_ARGUMENTS, JOB_UNITS, JOB_WORDS = range(4)
 
 KERNELS = {
-    "numba_pool": ("serve", "post_and_work"),
+    "numba_pool": ("serve", "run_jobs"),
     "numba_jobs": ("pack_activations",),
     "numba_trits": tuple(f"trit{depth}_{mode}" for mode in ("int8", "f32") for depth in (1, 2, 3, 4)),
     "numba_dense": ("f32", "f16", "bf16", "q8", "nf4", "nf4_nested"),
