@@ -24,6 +24,7 @@ STATE = ".quant_state."
 NF4_STATE = "bitsandbytes__nf4"
 INT8_SCALES = ".SCB"
 MAX_STATE_BYTES = 1 << 16
+STATE_BYTES = 256
 F4, U1 = np.dtype("<f4"), np.dtype("u1")
 
 
@@ -176,7 +177,8 @@ def bnb_pieces(name: str, shape: tuple[int, ...], params: Params, parts: Parts) 
         sides |= {"nested_absmax": parts["nested_absmax"], "nested_quant_map": parts["nested_levels"]}
         about |= {"nested_blocksize": params["nested_block"], "nested_dtype": "float32"}
         about["nested_offset"] = float(parts["offset"][0])
-    state = np.frombuffer(json.dumps(about).encode(), np.uint8)
+    # Spaces make the length known before the offset is
+    state = np.frombuffer(json.dumps(about).encode().ljust(STATE_BYTES), np.uint8)
     return [
         Piece.of(name, parts["codes"].reshape(-1, 1)),
         *(Piece.of(f"{name}.{suffix}", values) for suffix, values in sides.items()),

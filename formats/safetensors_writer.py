@@ -43,13 +43,16 @@ class Piece:
         return cls(name, kind, values.shape, lambda: [values])
 
 
-def write_safetensors(path: Path, pieces: Iterable[Piece], progress: Callable[[int, str], None] | None = None) -> None:
-    """Write one file. progress: called with (bytes just written, name).
+def write_safetensors(
+    path: Path, pieces: Iterable[Piece], progress: Callable[[int, str], None] | None = None, in_order: bool = False
+) -> None:
+    """Write one file. progress: called with (bytes just written, name); in_order: as the pieces come.
 
     Raises OSError; ValueError if a piece's blocks are not what it says.
     """
-    # Larger items first, as the format's own writer does: every tensor is aligned to its items.
-    ordered = sorted(pieces, key=lambda p: (-np.dtype(DTYPES[p.dtype]).itemsize, p.name))
+    ordered = list(pieces)
+    if not in_order:  # Larger items first, as the format's own writer does: every tensor is aligned to its items.
+        ordered.sort(key=lambda p: (-np.dtype(DTYPES[p.dtype]).itemsize, p.name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for piece in ordered:
@@ -81,7 +84,11 @@ def _blocks(piece: Piece) -> Iterator[memoryview]:
 
 
 def write_folder(
-    folder: Path, pieces: Sequence[Piece], shard_bytes: int = SHARD_BYTES, progress: Progress | None = None
+    folder: Path,
+    pieces: Sequence[Piece],
+    shard_bytes: int = SHARD_BYTES,
+    progress: Progress | None = None,
+    in_order: bool = False,
 ) -> list[Path]:
     """Write model.safetensors, or shards of at most `shard_bytes` (or one tensor) and their index.
 
@@ -106,7 +113,7 @@ def write_folder(
     names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     names = names if len(shards) > 1 else [SINGLE_FILE]
     for name, shard in zip(names, shards, strict=True):
-        write_safetensors(folder / name, shard, report)
+        write_safetensors(folder / name, shard, report, in_order)
     if len(shards) > 1:
         weight_map = {piece.name: name for name, shard in zip(names, shards, strict=True) for piece in shard}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
