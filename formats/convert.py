@@ -35,6 +35,7 @@ from .plan import (
     rows_of,
 )
 from .recovered import recover_packed
+from .report import errors_of
 from .source import Source
 from .trit_codec import Encode, encode_reference
 from .version import __version__
@@ -61,6 +62,7 @@ def convert(
     progress: Progress | None = None,
     encode: Encode | None = None,
     bpw: float | None = None,
+    report: bool = False,
 ) -> Summary:
     """Write a source as a .trit file; on any failure nothing is left behind.
 
@@ -68,11 +70,12 @@ def convert(
     embed: codec of the embeddings and the output matrix (default "f16", with "keep" their own)
     progress: called with (done, total, what)
     encode: what quantises to trits; default is the reference, in NumPy
+    report: measure the error of every tensor, which takes another pass over each: `facts` in the summary's plan
 
     Raises SourceError (NaN, infinity, a value that does not fit), UnsupportedError, FileExistsError, OSError;
     OptionError for an unknown codec, or for a `bpw` that cannot be had.
     """
-    return convert_several(source, {quant: path}, embed, overwrite, dry_run, progress, encode, bpw)[0]
+    return convert_several(source, {quant: path}, embed, overwrite, dry_run, progress, encode, bpw, report)[0]
 
 
 def convert_several(
@@ -84,6 +87,7 @@ def convert_several(
     progress: Progress | None = None,
     encode: Encode | None = None,
     bpw: float | None = None,
+    report: bool = False,
 ) -> list[Summary]:
     """Write several files from one pass over the source, which appear together or not at all.
 
@@ -110,7 +114,7 @@ def convert_several(
             names = [item.name for item in summary.plan]
             with _naming(summary.path):
                 writers.append(stack.enter_context(TritWriter(summary.path, record, names, overwrite)))
-        plans = _write(summaries, writers, encode, progress)
+        plans = _write(summaries, writers, encode, progress, report)
         with _naming(summaries[0].path):
             close_all(writers)
     return [
@@ -120,7 +124,11 @@ def convert_several(
 
 
 def _write(
-    summaries: Sequence[Summary], writers: Sequence[TritWriter], encode: Encode, progress: Progress | None
+    summaries: Sequence[Summary],
+    writers: Sequence[TritWriter],
+    encode: Encode,
+    progress: Progress | None,
+    report: bool,
 ) -> list[list[Planned]]:
     """Write every tensor to every file. returns: the plans as they were carried out"""
     done, total = 0, sum(summary.nbytes for summary in summaries)
@@ -131,6 +139,8 @@ def _write(
         for plan, writer, (item, parts) in zip(written, writers, _pack(items, encode), strict=True):
             with _naming(Path(writer.path)):
                 writer.add(item.name, item.codec, item.shape, item.params, parts)
+            if report and item.source:
+                item = replace(item, facts={**item.facts, **errors_of(item, parts, rows_of(item.source))})
             plan.append(item)
         done += sum(align(item.nbytes) for item in items)
     if progress:

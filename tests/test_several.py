@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -11,12 +12,12 @@ import numpy as np
 import pytest
 
 from formats import mixed
-from formats.container import open_trit
+from formats.container import dequantize, open_trit
 from formats.convert import convert, convert_several, several_paths
 from formats.errors import SourceError
 from formats.mixed import SENSITIVITY, Measured, allocate, measure
 from formats.plan import rows_of
-from formats.source import Source, open_source
+from formats.source import Source, expected_tensors, open_source
 from formats.trit_codec import encode_reference
 from runtime.encoder import fast_encoder
 from tests.checkpoints import HF_CONFIG, weights_for, write_hf
@@ -276,3 +277,34 @@ def test_a_budget_that_cannot_be(
 ) -> None:
     code, _, err = command(capsys, folder, "-o", folder.parent / "x.trit", *args)
     assert code == 2 and text in err and err.count("\n") == 1 and left(folder) == []
+
+
+# ---- the report -----------------------------------------------------------------------------------------
+
+
+def test_the_report_tells_every_tensor(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, report = folder.parent / "m.trit", folder.parent / "report.json"
+    code, _, _ = command(capsys, folder, "-o", out, "--quant", "trit2", "--embed", "q8", "--report", report)
+    found = json.loads(report.read_text())
+    source = open_source(folder)
+    assert code == 0 and found["file"] == str(out) and [t["name"] for t in found["tensors"]] == expected_of(source)
+    with open_trit(out) as file:
+        for line in found["tensors"]:
+            tensor, values = file.tensors[line["name"]], source.tensors[line["name"]].read().astype(np.float64)
+            again = dequantize(tensor).astype(np.float64)
+            assert (line["codec"], line["bytes"], line["shape"]) == (tensor.codec, tensor.nbytes, [*tensor.shape])
+            assert line["bpw"] == 8 * tensor.nbytes / values.size
+            error = np.sqrt(np.square(values - again).sum() / np.square(values).sum())
+            assert line["rel_rmse"] == pytest.approx(error, rel=1e-9, abs=1e-12)
+            cosine = (values * again).sum() / np.sqrt(np.square(values).sum() * np.square(again).sum())
+            assert line["cosine"] == pytest.approx(cosine, rel=1e-9)
+            limit = 0.2 if tensor.codec == "trit2" else 0.01 if tensor.codec == "q8" else 0
+            assert line["rel_rmse"] <= limit
+    code, _, _ = command(capsys, folder, "-o", folder.parent / "out", "--quant", "trit1,bf16", "--report", report)
+    one, other = json.loads(report.read_text())
+    assert code == 0 and one["matrix_bpw"] < other["matrix_bpw"] == 16
+    assert all(0 < t["rel_rmse"] < 0.005 for t in other["tensors"] if t["codec"] == "bf16")
+
+
+def expected_of(source: Source) -> list[str]:
+    return list(expected_tensors(source.config))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from formats.convert import PLAIN, QUANTS, Summary, convert_several, several_paths
 from formats.plan import KEEP, MIXED
+from formats.report import report_of
 from formats.source import open_source
 from runtime.cli import ArgumentParser, UserError, run
 from runtime.encoder import fast_encoder
@@ -33,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     embed_help = "for embeddings and lm_head (default f16; with --quant keep: keep)"
     parser.add_argument("--embed", choices=(*PLAIN, KEEP), metavar="CODEC", help=embed_help)
     parser.add_argument("--overwrite", action="store_true", help="replace OUT.trit if it is there")
+    parser.add_argument("--report", metavar="OUT.json", help="write what became of every tensor, and its error")
     parser.add_argument("--dry-run", action="store_true", help="say what would be written, and stop")
 
 
@@ -66,7 +69,9 @@ def _main(argv: list[str]) -> int:
     out, several = Path(args.out or "OUT.trit"), len(args.quant) > 1
     paths = several_paths(source, out, args.quant) if several else {args.quant[0]: out}
     with Bar("convert") as bar, fast_encoder() as encode, _folder(out, several and not args.dry_run):
-        summaries = convert_several(source, paths, args.embed, args.overwrite, args.dry_run, bar, encode, args.bpw)
+        summaries = convert_several(
+            source, paths, args.embed, args.overwrite, args.dry_run, bar, encode, args.bpw, args.report is not None
+        )
     for note in dict.fromkeys(note for summary in summaries for note in summary.notes):
         print(f"note: {note}", file=sys.stderr)
     for summary in summaries:
@@ -74,6 +79,9 @@ def _main(argv: list[str]) -> int:
             print_plan(summary)
         else:
             print_summary(summary, time.perf_counter() - started)
+    if args.report is not None:
+        reports = [report_of(summary) for summary in summaries]
+        Path(args.report).write_text(json.dumps(reports if several else reports[0], indent=1) + "\n", encoding="utf-8")
     return 0
 
 
