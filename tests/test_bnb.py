@@ -327,3 +327,22 @@ def test_pieces_and_back(tmp_path: Path) -> None:
         assert not plain and packed["x"].params == params and packed["x"].shape == shape
         found = packed["x"].parts()
         assert {k: v.tobytes() for k, v in found.items()} == {k: np.asarray(v).tobytes() for k, v in parts.items()}
+
+
+# ---- logits ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["numpy", "numba"])
+@pytest.mark.parametrize("name", MORE)
+def test_logits_are_those_of_its_own_dequantisation(name: str, backend: str, tmp_path: Path) -> None:
+    """The larger fixtures; tests/test_model.py has the others."""
+    from runtime.model import Model
+
+    path = convert(open_source(tiny.fixture_folder(name)), tmp_path / "m.trit", "keep").path
+    expected = tiny.expected_logits(name.removeprefix("tiny-llama-"))
+    model = Model.load(path, backend=backend, n_threads=1, activations="f32")
+    ids = expected["input_ids"].tolist()
+    logits = model.forward(ids, model.new_cache(len(ids)), "all")
+    assert logits is not None
+    assert np.abs(logits - expected["logits_state_dtype"]).max() <= 1e-4
+    model.close()
