@@ -1,0 +1,175 @@
+// Products of trit matrices with activations.
+//
+// A matrix is read strip by strip (16 rows, one 32-bit lane each; formats/SPEC.md gives the bytes): a superblock is
+// decoded once, as many rows at a time as a register has lanes, and used for all tokens, with int8 activations in
+// exact integer sums, or with float32 ones. No byte leads a read astray: lookups take their index modulo 32.
+#pragma once
+#include "jobs.h"
+
+enum { ROWS = 16, TOKENS = 256 };  // rows of a strip; tokens that share one decoding of the weights
+
+typedef float sums[TOKENS][ROWS];
+
+#define SUPERBLOCK(depth) (256 * (depth) + 48)
+
+// Split v into its digit of that weight, 0..2, and the rest below it. For values below three times the weight a
+// byte-wise minimum does the comparing: v - weight wraps to something large unless v has it.
+INLINE vu digit(vu v, int weight, vu *rest) {
+    vu once = v_min_u8(v, v - (uint8_t)weight);
+    *rest = v_min_u8(once, once - (uint8_t)weight);
+    // The low two bits of 81 and 9 count upwards (0, 1, 2), those of 27 and 3 downwards (0, 3, 2).
+    return (weight == 81 || weight == 9 ? v - *rest : *rest - v) & 3;
+}
+
+INLINE vu triple(vu v) { return v + v + v; }
+
+// The byte vectors of one quad as levels of the five groups, unsigned 0 .. 3^depth - 1.
+INLINE void decode(int depth, const uint8_t *bytes, vu q[GROUPS]) {
+    vu t0, t1, t2, t3, a, b, c, rest, v0 = v_load_bytes(bytes);
+    if (depth == 1) {
+        q[0] = digit(v0, 81, &rest);
+        q[1] = digit(rest, 27, &rest);
+        q[2] = digit(rest, 9, &rest);
+        q[3] = digit(rest, 3, &q[4]);
+        return;
+    }
+    t0 = digit(v0, 81, &q[0]);
+    t1 = digit(v_load_bytes(bytes + 64), 81, &q[1]);
+    if (depth == 2) {
+        vu other = q[1];
+        a = digit(q[0], 27, &rest);
+        b = digit(rest, 9, &q[0]);
+        q[1] = triple(a) + b;
+        a = digit(other, 27, &rest);
+        b = digit(rest, 9, &q[2]);
+        q[3] = triple(a) + b;
+        q[4] = triple(t0) + t1;
+        return;
+    }
+    t2 = digit(v_load_bytes(bytes + 128), 81, &q[2]);
+    if (depth == 3) {
+        a = digit(q[0], 27, &q[0]);
+        b = digit(q[1], 27, &q[1]);
+        c = digit(q[2], 27, &q[2]);
+        q[3] = triple(triple(t2) + t0) + a;
+        q[4] = triple(triple(c) + t1) + b;
+        return;
+    }
+    t3 = digit(v_load_bytes(bytes + 192), 81, &q[3]);
+    q[4] = triple(triple(triple(t0) + t1) + t2) + t3;
+}
+
+// The units (LANES rows) of the five groups, from their scale codes.
+INLINE void decode_units(const uint8_t *codes, const float *table, vf unit[GROUPS]) {
+    vi s0 = v_load_u8(codes), s1 = v_load_u8(codes + 16), s2 = v_load_u8(codes + 32);
+    vi h0 = s0 * 2428 >> 16, h1 = s1 * 2428 >> 16, h2 = s2 * 2428 >> 16;  // / 27 for 0 .. 255
+    vi third = h2 * 21846 >> 16;                                         // / 3
+    unit[0] = v_lookup(table, s0 - h0 * 27);
+    unit[1] = v_lookup(table, s1 - h1 * 27);
+    unit[2] = v_lookup(table, s2 - h2 * 27);
+    unit[3] = v_lookup(table, h0 + (h2 - third * 3) * 9);
+    unit[4] = v_lookup(table, h1 + third * 9);
+}
+
+// total = 16 rows times the int8 activations of tokens first .. first + count - 1.
+INLINE void strip_int8(int depth, words job, const uint8_t *data, const float *table, int64_t first, int count, sums total) {
+    int64_t n = job[N], blocks = (job[WIDTH] + BLOCK - 1) / BLOCK;
+    int32_t offset = depth == 1 ? -1 : depth == 2 ? -4 : depth == 3 ? -13 : -40;  // levels are stored unsigned
+    for (int64_t block = 0; block < blocks; block++, data += SUPERBLOCK(depth)) {
+        const int8_t *quants = at(job[QUANTS], (block * n + first) * BLOCK);
+        const int32_t *group_sums = at(job[SUMS], (block * n + first) * GROUPS * 4);
+        const float *scales = at(job[SCALES], (block * n + first) * 4);
+        for (int part = 0; part < ROWS; part += LANES) {
+            vu q[4][GROUPS];
+            vf unit[GROUPS];
+            UNROLL for (int j = 0; j < 4; j++) decode(depth, data + j * 64 * depth + part * 4, q[j]);
+            decode_units(data + 256 * depth + part, table, unit);
+            for (int i = 0; i < count; i++) {
+                vf sum = {0}, before = {0};
+                UNROLL for (int g = 0; g < GROUPS; g++) {
+                    vi exact = v_splat_i32(group_sums[i * GROUPS + g] * offset);
+                    UNROLL for (int j = 0; j < 4; j++)
+                        exact = v_dot4(exact, q[j][g], v_splat_quad(quants + i * BLOCK + g * 16 + j * 4));
+                    sum = v_fma(v_to_f32(exact), unit[g], sum);
+                }
+                if (block) before = v_load(&total[i][part]);
+                v_store(&total[i][part], v_fma(sum, v_splat(scales[i]), before));
+            }
+        }
+    }
+}
+
+INLINE vf rounded(vf value, int rounding) {
+    return rounding == 1 ? v_round_f16(value) : rounding == 2 ? v_round_bf16(value) : value;
+}
+
+// 80 inputs of LANES rows as float32 weights, one vector for each input.
+INLINE void expand(int depth, const uint8_t *data, const float *table, int rounding, int part, vf weights[BLOCK]) {
+    int32_t top = depth == 1 ? 1 : depth == 2 ? 4 : depth == 3 ? 13 : 40;
+    vf unit[GROUPS];
+    decode_units(data + 256 * depth + part, table, unit);
+    for (int j = 0; j < 4; j++) {
+        vu q[GROUPS];
+        decode(depth, data + j * 64 * depth + part * 4, q);
+        UNROLL for (int g = 0; g < GROUPS; g++)
+            UNROLL for (int k = 0; k < 4; k++)
+                weights[g * 16 + j * 4 + k] = rounded(v_to_f32(((vi)q[g] >> (8 * k) & 255) - top) * unit[g], rounding);
+    }
+}
+
+// Add 80 products to the sums of `count` tokens; x: their inputs, `stride` bytes apart.
+INLINE void add_block(const vf weights[BLOCK], const float *x, int64_t stride, int count, int part, float (*total)[ROWS]) {
+    vf sum[4];
+    UNROLL for (int i = 0; i < count; i++) sum[i] = v_load(&total[i][part]);
+    for (int k = 0; k < BLOCK; k++)
+        UNROLL for (int i = 0; i < count; i++)
+            sum[i] = v_fma(weights[k], v_splat(*(const float *)((const char *)(x + k) + i * stride)), sum[i]);
+    UNROLL for (int i = 0; i < count; i++) v_store(&total[i][part], sum[i]);
+}
+
+// total = 16 rows times the float32 activations of tokens first .. first + count - 1.
+INLINE void strip_f32(int depth, words job, words matrix, const uint8_t *data, int64_t first, int count, sums total) {
+    int64_t stride = job[PADDED_STRIDE], blocks = (job[WIDTH] + BLOCK - 1) / BLOCK;
+    memset(total, 0, count * sizeof total[0]);
+    for (int64_t block = 0; block < blocks; block++, data += SUPERBLOCK(depth))
+        for (int part = 0; part < ROWS; part += LANES) {
+            vf weights[BLOCK];
+            expand(depth, data, at(matrix[TABLE], 0), (int)matrix[ROUND], part, weights);
+            const float *x = at(job[PADDED], first * stride + block * BLOCK * 4);
+            int i = 0;
+            for (; i + 4 <= count; i += 4) add_block(weights, at((intptr_t)x, i * stride), stride, 4, part, total + i);
+            for (; i < count; i++) add_block(weights, at((intptr_t)x, i * stride), stride, 1, part, total + i);
+        }
+}
+
+// One pool unit of trit matrices. Inlined into its kernel, so that depth and int8 are constants there.
+INLINE void trit_unit(int depth, int int8, words job, int64_t unit) {
+    words matrix = matrix_of(job, unit);
+    int64_t stop = last_row(matrix, unit), blocks = (job[WIDTH] + BLOCK - 1) / BLOCK;
+    _Alignas(64) sums total;
+    for (int64_t row = first_row(matrix, unit); row < stop; row += ROWS) {
+        const uint8_t *data = at(matrix[DATA], row / ROWS * blocks * SUPERBLOCK(depth));
+        for (int64_t first = 0; first < job[N]; first += TOKENS) {
+            int count = (int)min_of(TOKENS, job[N] - first);
+            if (int8)
+                strip_int8(depth, job, data, at(matrix[TABLE], 0), first, count, total);
+            else
+                strip_f32(depth, job, matrix, data, first, count, total);
+            for (int i = 0; i < count; i++) {
+                if (row + ROWS <= stop)
+                    for (int r = 0; r < ROWS; r += LANES) emit_rows(job, matrix, first + i, row + r, v_load(&total[i][r]));
+                else
+                    for (int r = 0; row + r < stop; r++) emit(job, matrix, first + i, row + r, total[i][r]);
+            }
+        }
+    }
+}
+
+#define TRIT_KERNELS(depth)                                                               \
+    KERNEL(trit##depth##_int8) { UNUSED; trit_unit(depth, 1, at(address, 0), unit); return 0; } \
+    KERNEL(trit##depth##_f32) { UNUSED; trit_unit(depth, 0, at(address, 0), unit); return 0; }
+
+TRIT_KERNELS(1)
+TRIT_KERNELS(2)
+TRIT_KERNELS(3)
+TRIT_KERNELS(4)

@@ -1,0 +1,129 @@
+// Vectors of 32-bit lanes as wide as the CPU's registers, in GCC's and Clang's own notation (a + b, v >> 4), and the
+// few operations that this notation lacks. The kernels work on sixteen lanes, that is on PARTS registers: every
+// instruction set adds in the same order.
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX512VNNI__)
+#include "vectors_avx512.h"
+#elif defined(__AVX2__)
+#include "vectors_avx2.h"
+#elif defined(__ARM_FEATURE_DOTPROD)
+#include "vectors_neon.h"
+#else
+#include "vectors_generic.h"
+#endif
+// Each of these defines LANES, the types vf (float), vi (int32_t) and vu (uint8_t, four to a lane), and
+//   v_fma(x, y, z)       x * y + z (rounded once where the CPU can)
+//   v_max, v_min         x > y ? x : y; x < y ? x : y
+//   v_min_u8(x, y)       of bytes
+//   v_dot4(acc, q, x)    acc + the sum of four products in each lane: q unsigned and at most 127, x signed; exact
+//   v_lookup(table, i)   table[i mod 32] for each lane, from 32 floats
+//   v_lookup16(table, i) table[i mod 16]
+//   v_load_f16(p), v_store_f16(p, x)   LANES half floats, rounded to nearest, ties to even
+//   v_read_f16(p)        one half float as a float
+//   v_load_bf16(p)       LANES bfloat16 numbers
+//   v_load_u8(p), v_load_i8(p)         LANES bytes as integers
+//   v_load_nibbles(p)    LANES 4-bit numbers from LANES / 2 bytes, the high nibble of each byte first
+//   v_store_i8(p, x)     the low bytes of the lanes
+//   v_quarter(x, i)      lanes 4 i .. 4 i + 3 of sixteen
+
+enum { BYTES = 4 * LANES };  // of a vector
+
+#define INLINE static inline __attribute__((always_inline))
+#if defined(__clang__)
+#define UNROLL _Pragma("unroll")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
+
+INLINE vf v_load(const float *p) { vf x; memcpy(&x, p, sizeof x); return x; }
+INLINE vi v_load_i32(const void *p) { vi x; memcpy(&x, p, sizeof x); return x; }
+INLINE vu v_load_bytes(const uint8_t *p) { vu x; memcpy(&x, p, sizeof x); return x; }
+INLINE void v_store(float *p, vf x) { memcpy(p, &x, sizeof x); }
+
+INLINE vf v_splat(float x) { return x - (vf){0}; }
+INLINE vi v_splat_i32(int32_t x) { return x - (vi){0}; }
+
+// Four bytes from memory in all lanes.
+INLINE vu v_splat_quad(const int8_t *p) { int32_t x; memcpy(&x, p, sizeof x); return (vu)v_splat_i32(x); }
+
+INLINE vf v_to_f32(vi x) { return __builtin_convertvector(x, vf); }
+
+// Nearest integers, halves to even, of numbers below 2^22 in magnitude: at 1.5 * 2^23 a float's last bit counts ones.
+INLINE vi v_round(vf x) { return (vi)(x + 12582912.0f) - 0x4B400000; }
+
+INLINE vf v_abs(vf x) { return (vf)((vi)x & 0x7FFFFFFF); }
+
+// Rounded to what a bfloat16 holds, halves to even (finite values).
+INLINE vf v_round_bf16(vf x) {
+    vi bits = (vi)x;
+    return (vf)((bits + ((bits >> 16 & 1) + 0x7FFF)) & -0x10000);
+}
+
+// Rounded to what a float16 holds, halves to even.
+INLINE vf v_round_f16(vf x) {
+    uint16_t halves[LANES];
+    v_store_f16(halves, x);
+    return v_load_f16(halves);
+}
+
+// e^x for x <= 88, relative error below 2e-7: x = n ln 2 + r, a polynomial in r (Cephes expf), times 2^n.
+INLINE vf v_exp(vf x) {
+    x = v_max(x, v_splat(-87.0f));
+    vi whole = v_round(x * 1.44269504f);
+    vf n = v_to_f32(whole);
+    vf r = v_fma(n, v_splat(-0.693359375f), x);
+    r = v_fma(n, v_splat(2.12194440e-4f), r);
+    vf p = v_splat(1.9875691500e-4f);
+    p = v_fma(p, r, v_splat(1.3981999507e-3f));
+    p = v_fma(p, r, v_splat(8.3334519073e-3f));
+    p = v_fma(p, r, v_splat(4.1665795894e-2f));
+    p = v_fma(p, r, v_splat(1.6666665459e-1f));
+    p = v_fma(p, r, v_splat(5.0000001201e-1f));
+    p = v_fma(p, r * r, r) + 1.0f;
+    return p * (vf)((whole + 127) << 23);
+}
+
+// ==== Sixteen lanes ====
+
+enum { PARTS = 16 / LANES };
+
+typedef struct { vf v[PARTS]; } f32x16;
+
+INLINE f32x16 load16(const float *p) {
+    f32x16 x;
+    UNROLL for (int i = 0; i < PARTS; i++) x.v[i] = v_load(p + i * LANES);
+    return x;
+}
+
+INLINE f32x16 splat16(float value) {
+    f32x16 x;
+    UNROLL for (int i = 0; i < PARTS; i++) x.v[i] = v_splat(value);
+    return x;
+}
+
+INLINE f32x16 fma16(f32x16 x, f32x16 y, f32x16 z) {
+    UNROLL for (int i = 0; i < PARTS; i++) z.v[i] = v_fma(x.v[i], y.v[i], z.v[i]);
+    return z;
+}
+
+// The sum of the lanes, as a tree of halves: one fixed order on every machine.
+INLINE float sum16(f32x16 x) {
+    v4f half = (v_quarter(x.v, 0) + v_quarter(x.v, 2)) + (v_quarter(x.v, 1) + v_quarter(x.v, 3));
+    return (half[0] + half[2]) + (half[1] + half[3]);
+}
+
+INLINE float largest_lane(vf x) {
+    float largest = x[0];
+    for (int i = 1; i < LANES; i++) largest = largest > x[i] ? largest : x[i];
+    return largest;
+}
+
+INLINE float max16(f32x16 x) {
+    vf top = x.v[0];
+    for (int i = 1; i < PARTS; i++) top = v_max(top, x.v[i]);
+    return largest_lane(top);
+}

@@ -1,0 +1,32 @@
+// AVX-512 with VNNI: see vectors.h.
+#pragma once
+#include <immintrin.h>
+
+#define LANES 16
+typedef float vf __attribute__((vector_size(64)));
+typedef int32_t vi __attribute__((vector_size(64)));
+typedef uint8_t vu __attribute__((vector_size(64)));
+typedef float v4f __attribute__((vector_size(16)));
+
+#define v_fma(x, y, z) ((vf)_mm512_fmadd_ps(x, y, z))
+#define v_max(x, y) ((vf)_mm512_max_ps(x, y))
+#define v_min(x, y) ((vf)_mm512_min_ps(x, y))
+#define v_min_u8(x, y) ((vu)_mm512_min_epu8((__m512i)(x), (__m512i)(y)))
+#define v_dot4(acc, q, x) ((vi)_mm512_dpbusd_epi32((__m512i)(acc), (__m512i)(q), (__m512i)(x)))
+#define v_lookup(table, i) ((vf)_mm512_permutex2var_ps(_mm512_loadu_ps(table), (__m512i)(i), _mm512_loadu_ps((table) + 16)))
+#define v_lookup16(table, i) ((vf)_mm512_permutexvar_ps((__m512i)(i), _mm512_loadu_ps(table)))
+#define v_load_f16(p) ((vf)_mm512_cvtph_ps(_mm256_loadu_si256((const void *)(p))))
+#define v_store_f16(p, x) _mm256_storeu_si256((void *)(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT))
+#define v_read_f16(p) _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(*(const uint16_t *)(p))))
+#define v_load_bf16(p) \
+    ((vf)_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)(p))), 16)))
+#define v_load_u8(p) ((vi)_mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)(p))))
+#define v_load_i8(p) ((vi)_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)(p))))
+#define v_store_i8(p, x) _mm_storeu_si128((void *)(p), _mm512_cvtepi32_epi8((__m512i)(x)))
+#define v_quarter(x, i) ((v4f)_mm512_extractf32x4_ps((x)[0], i))
+
+static inline vi v_load_nibbles(const uint8_t *p) {
+    __m128i bytes = _mm_loadl_epi64((const void *)p), mask = _mm_set1_epi8(15);
+    __m128i high = _mm_and_si128(_mm_srli_epi16(bytes, 4), mask);
+    return (vi)_mm512_cvtepu8_epi32(_mm_unpacklo_epi8(high, _mm_and_si128(bytes, mask)));
+}
