@@ -313,6 +313,7 @@ def test_command_converts_and_sums_up(folder: Path, capsys: pytest.CaptureFixtur
 def test_command_dry_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = command(capsys, folder, "--quant", "trit4", "--dry-run")
     assert code == 0 and "layers.0.wq" in out and "bits per weight" in out and left(folder) == []
+    assert "memory to run: " in out and "GB with 2048 tokens of context" in out
 
 
 def test_every_expected_problem_is_one_line_and_code_2(

@@ -13,11 +13,14 @@ from pathlib import Path
 from formats.convert import PLAIN, QUANTS, Summary, convert_several, several_paths
 from formats.plan import KEEP, MIXED
 from formats.report import report_of
-from formats.source import open_source
+from formats.source import Source, open_source
 from runtime.cli import ArgumentParser, UserError, run
+from runtime.config import ModelConfig
 from runtime.encoder import fast_encoder
 from runtime.progress import Bar
+from runtime.sizes import kv_bytes_per_token
 
+CONTEXTS = (8192, 32768, 131072)
 HELP = "convert a Hugging Face folder or a GGUF file to a .trit file"
 
 
@@ -77,6 +80,7 @@ def _main(argv: list[str]) -> int:
     for summary in summaries:
         if args.dry_run:
             print_plan(summary)
+            print_memory(summary, source)
         else:
             print_summary(summary, time.perf_counter() - started)
     if args.report is not None:
@@ -112,6 +116,15 @@ def print_plan(summary: Summary) -> None:
         f"total {len(summary.plan)} tensors, {summary.nbytes:,} bytes, {summary.bpw:.2f} bits per weight, "
         f"{summary.matrix_bpw:.2f} in the layers' matrices"
     )
+
+
+def print_memory(summary: Summary, source: Source) -> None:
+    """Print what running the model will take: its weights, and keys and values of contexts that it can have."""
+    config = ModelConfig.from_dict(source.config, str(source.path))
+    weights, per_token = sum(item.nbytes for item in summary.plan if item.source), kv_bytes_per_token(config)
+    contexts = sorted({min(n, config.max_seq_len) for n in CONTEXTS})
+    totals = ", ".join(f"{(weights + per_token * n) / 1e9:.2f} GB with {n} tokens" for n in contexts)
+    print(f"memory to run: {weights / 1e9:.2f} GB of weights; {totals} of context (keys and values in f16)")
 
 
 def print_summary(summary: Summary, seconds: float) -> None:
