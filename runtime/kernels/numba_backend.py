@@ -1,9 +1,12 @@
-"""The default backend: kernels compiled by Numba, run by the project's own threads straight on the packed weights."""
+"""The backends whose kernels are machine code, run by the project's own threads straight on the packed weights.
+
+Numba's and the native ones differ only in where the code comes from (`resolve`); words.py has names and arguments.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -14,7 +17,6 @@ from formats import Tensor
 from ..cache import KVRing
 from . import words as w
 from .base import ACT_BLOCK, GROUPED
-from .compiling import cpu, kernel
 from .exceptions import Exceptions
 from .numpy_backend import quantize_activations
 from .pool import Pool, usable_cores
@@ -103,10 +105,12 @@ class _Job:
             words[w.AUX] = _address(parts["scales"]) if tensor.codec == "q8" else 0
 
 
-class NumbaLinear:
+class CompiledLinear:
     """Matrices of equal width, one job for each codec among them."""
 
-    def __init__(self, kernels: NumbaKernels, tensors: Sequence[Tensor], biases: Sequence[np.ndarray | None]) -> None:
+    def __init__(
+        self, kernels: CompiledKernels, tensors: Sequence[Tensor], biases: Sequence[np.ndarray | None]
+    ) -> None:
         self.nbytes = sum(t.nbytes for t in tensors)
         self._kernels, self._width = kernels, tensors[0].shape[1]
         self._int8 = kernels.int8 and any(t.codec in GROUPED for t in tensors)
@@ -114,7 +118,7 @@ class NumbaLinear:
             raise ValueError(f"matrices of different widths cannot share activations: {[t.name for t in tensors]}")
         by_task: dict[int, list[int]] = {}
         for i, tensor in enumerate(tensors):
-            by_task.setdefault(_task_address(tensor, kernels.int8), []).append(i)
+            by_task.setdefault(kernels.resolve(*_task(tensor, kernels.int8)), []).append(i)
         self._jobs = [
             (_Job(task, [tensors[i] for i in which], [biases[i] for i in which]), which)
             for task, which in by_task.items()
@@ -140,37 +144,35 @@ class NumbaLinear:
                 exceptions.add_product(rounded, outs[i])
 
 
-def _task_address(tensor: Tensor, int8: bool) -> int:
+def _task(tensor: Tensor, int8: bool) -> tuple[str, str]:
+    """Module and name of the kernel that multiplies with a matrix."""
     if tensor.codec in GROUPED:
-        return kernel("numba_trits", f"{tensor.codec}_{'int8' if int8 else 'f32'}")
+        return "numba_trits", f"{tensor.codec}_{'int8' if int8 else 'f32'}"
     nested = tensor.codec == "nf4" and tensor.params["nested_block"]
-    return kernel("numba_dense", "nf4_nested" if nested else tensor.codec)
+    return "numba_dense", "nf4_nested" if nested else tensor.codec
 
 
-class NumbaKernels:
-    """See `Kernels` for the contracts."""
+class CompiledKernels:
+    """See `Kernels` for the contracts.
 
-    name = "numba"
+    resolve: gives the address of a kernel by module and function (words.KERNELS)
+    """
 
-    def __init__(self, n_threads: int | None = None, int8: bool = True) -> None:
-        self.int8 = int8
-        self.pool = Pool(n_threads or usable_cores())
+    name: str
+
+    def __init__(self, resolve: Callable[[str, str], int], n_threads: int | None, int8: bool) -> None:
+        self.resolve, self.int8 = resolve, int8
+        self.pool = Pool(n_threads or usable_cores(), resolve)
         self.workspace = _Workspace()
-        self.pack_task = kernel("numba_jobs", "pack_activations")
-        self._rmsnorm, self._swiglu = kernel("numba_layers", "rmsnorm"), kernel("numba_layers", "swiglu")
+        self.pack_task = resolve("numba_jobs", "pack_activations")
+        self._rmsnorm, self._swiglu = resolve("numba_layers", "rmsnorm"), resolve("numba_layers", "swiglu")
         self._norm_job = np.zeros(w.NORM_WORDS, np.int64)
         self._glu_job = np.zeros(w.GLU_WORDS, np.int64)
         self._attention_job = np.zeros(w.AT_WORDS, np.int64)
         self._keep: Any = None
 
-    def describe(self) -> str:
-        features = cpu()[1].split(",")
-        known = ("avx512vnni", "avxvnni", "avx512f", "avx2", "dotprod", "neon")
-        best = next((name for name in known if f"+{name}" in features), "plain vectors")
-        return f"numba {version('numba')} ({best}), {self.pool.n_threads} threads"
-
-    def linear(self, tensors: Sequence[Tensor], biases: Sequence[np.ndarray | None]) -> NumbaLinear:
-        return NumbaLinear(self, tensors, biases)
+    def linear(self, tensors: Sequence[Tensor], biases: Sequence[np.ndarray | None]) -> CompiledLinear:
+        return CompiledLinear(self, tensors, biases)
 
     def rmsnorm(self, x: np.ndarray, gain: np.ndarray, eps: float, out: np.ndarray) -> None:
         job = self._norm_job
@@ -196,13 +198,13 @@ class NumbaKernels:
         job = self._attend_to(q, q_sink, ring, layer)
         job[w.AT_K], job[w.AT_V] = _address(k), _address(v)
         job[w.AT_COS : w.AT_SIN_SINK + 1] = [_address(part) for part in turns]
-        self.pool.run(kernel("numba_attention", f"rope_append_{ring.codec}"), _address(job), len(q))
+        self.pool.run(self.resolve("numba_attention", f"rope_append_{ring.codec}"), _address(job), len(q))
 
     def attention(self, q: np.ndarray, q_sink: np.ndarray, ring: KVRing, layer: int, out: np.ndarray) -> None:
         job = self._attend_to(q, q_sink, ring, layer)
         job[w.AT_OUT] = _address(out)
         self.pool.run(
-            kernel("numba_attention", f"attention_{ring.codec}"), _address(job), len(q) * ring.config.n_kv_heads
+            self.resolve("numba_attention", f"attention_{ring.codec}"), _address(job), len(q) * ring.config.n_kv_heads
         )
 
     def _attend_to(self, q: np.ndarray, q_sink: np.ndarray, ring: KVRing, layer: int) -> np.ndarray:
@@ -226,3 +228,20 @@ class NumbaKernels:
 
     def close(self) -> None:
         self.pool.close()
+
+
+class NumbaKernels(CompiledKernels):
+    """The default: kernels compiled by Numba for this CPU."""
+
+    name = "numba"
+
+    def __init__(self, n_threads: int | None = None, int8: bool = True) -> None:
+        from .compiling import cpu, kernel
+
+        super().__init__(kernel, n_threads, int8)
+        self._features = cpu()[1].split(",")
+
+    def describe(self) -> str:
+        known = ("avx512vnni", "avxvnni", "avx512f", "avx2", "dotprod", "neon")
+        best = next((name for name in known if f"+{name}" in self._features), "plain vectors")
+        return f"numba {version('numba')} ({best}), {self.pool.n_threads} threads"

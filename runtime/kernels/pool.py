@@ -11,10 +11,10 @@ import ctypes
 import os
 import threading
 import time
+from collections.abc import Callable
 
 import numpy as np
 
-from .compiling import kernel
 from .words import PARKED, STARTED, STATE_WORDS, STOP, THREADS
 
 # A kernel as ctypes calls it (the GIL is released): places for Numba's result and error, then two integers.
@@ -37,7 +37,8 @@ def usable_cores() -> int:
 class Pool:
     """`n_threads` threads, the caller's included. Jobs of several callers queue; a fork starts its own workers."""
 
-    def __init__(self, n_threads: int) -> None:
+    def __init__(self, n_threads: int, resolve: Callable[[str, str], int]) -> None:
+        """resolve: gives the address of a kernel by module and function (words.py)."""
         if n_threads < 1:
             raise ValueError(f"n_threads is {n_threads}; it must be 1 or more")
         self.n_threads = n_threads
@@ -45,8 +46,8 @@ class Pool:
         self.recording: list[int] | None = None  # of jobs, as run_jobs wants them, while a program is being made
         self._one = np.zeros(4, np.int64)
         self._one_address = self._one.ctypes.data
-        self._serve = _KERNEL(kernel("numba_pool", "serve"))
-        self._run_jobs = _KERNEL(kernel("numba_pool", "run_jobs"))
+        self._serve = _KERNEL(resolve("numba_pool", "serve"))
+        self._run_jobs = _KERNEL(resolve("numba_pool", "run_jobs"))
         self._reset()
 
     def _reset(self) -> None:

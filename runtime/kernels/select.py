@@ -32,10 +32,11 @@ def get_kernels(backend: str = "auto", n_threads: int | None = None, int8: bool 
         return NumpyKernels(n_threads, int8)
     try:
         from .numba_backend import NumbaKernels
+
+        return NumbaKernels(n_threads, int8)
     except ImportError as error:
         if backend == "numba":
             raise BackendError(f"the backend 'numba' cannot be had: {error}") from error
         from .numpy_backend import NumpyKernels
 
         return NumpyKernels(n_threads, int8)
-    return NumbaKernels(n_threads, int8)
