@@ -28,7 +28,7 @@ _AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 _AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mprefer-vector-width=512"]
 # Instruction sets of each machine, best first, as in dispatch.c.
 ISAS = {
-    "x86_64": {"avx512": [*_AVX2, *_AVX512], "avx2": _AVX2, "generic": []},
+    "x86_64": {"avx512": [*_AVX2, *_AVX512], "avxvnni": [*_AVX2, "-mavxvnni"], "avx2": _AVX2, "generic": []},
     "aarch64": {"neon": ["-march=armv8.2-a+dotprod"], "generic": []},
 }
 ONCE = ("dispatch.c", "pool.c")  # sources that are the same for all

@@ -60,17 +60,15 @@ INLINE float load1(source w, int64_t flat) {
     return as_stored(w, v_splat(value))[0];
 }
 
-// Four rows, from `first` on; `last` is repeated if fewer are left.
-typedef struct { int64_t first, last, width, whole; } rows;
-
-INLINE int64_t start_of(rows r, int i) { return min_of(r.first + i, r.last) * r.width; }
+// Four rows, from `first` on; `last` is repeated if fewer are left. start: the number of each row's first weight.
+typedef struct { int64_t first, last, width, whole, start[TILE]; } rows;
 
 // Add the lanes of one token's four rows, and the columns from `whole` on, and write the outputs.
 INLINE void finish(source w, words job, rows r, int64_t token, const f32x16 sum[TILE]) {
     const float *x = at(job[PADDED], token * job[PADDED_STRIDE]);
     for (int i = 0; i < TILE && r.first + i <= r.last; i++) {
         float rest = 0.0f;
-        for (int64_t k = r.whole; k < r.width; k++) rest += load1(w, start_of(r, i) + k) * x[k];
+        for (int64_t k = r.whole; k < r.width; k++) rest += load1(w, r.start[i] + k) * x[k];
         emit(job, w.matrix, token, r.first + i, sum16(sum[i]) + rest);
     }
 }
@@ -82,7 +80,7 @@ INLINE void one_token(source w, words job, rows r, int64_t token) {
     for (int64_t k = 0; k < r.whole; k += 32)
         UNROLL for (int i = 0; i < TILE; i++) {
             vf weights[2 * PARTS];
-            load32(w, start_of(r, i) + k, weights);
+            load32(w, r.start[i] + k, weights);
             UNROLL for (int p = 0; p < 2 * PARTS; p++)
                 sum[i].v[p % PARTS] = v_fma(weights[p], v_load(x + k + p * LANES), sum[i].v[p % PARTS]);
         }
@@ -121,7 +119,7 @@ INLINE void many_tokens(source w, words job, rows r, int64_t first, int count) {
         for (int i = 0; i < TILE; i++)
             for (int64_t k = 0; k < columns; k += 32) {
                 vf some[2 * PARTS];
-                load32(w, start_of(r, i) + start + k, some);
+                load32(w, r.start[i] + start + k, some);
                 UNROLL for (int p = 0; p < 2 * PARTS; p++) v_store(&weights[i][k + p * LANES], some[p]);
             }
         int t = 0;
@@ -139,7 +137,8 @@ INLINE void dense_rows(int codec, int rounding, words job, words matrix, int64_t
     int64_t whole = codec >= NF4 && width % 32 ? 0 : width / 32 * 32;  // nf4 blocks do not end with the rows
     int64_t stop = last_row(matrix, unit);
     for (int64_t row = first_row(matrix, unit); row < stop; row += TILE) {
-        rows r = {row, stop - 1, width, whole};
+        rows r = {row, stop - 1, width, whole, {0}};
+        for (int i = 0; i < TILE; i++) r.start[i] = min_of(row + i, stop - 1) * width;
         if (n < TILE)
             for (int64_t token = 0; token < n; token++) one_token(w, job, r, token);
         else

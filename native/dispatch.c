@@ -13,6 +13,12 @@ static int32_t has_avx2(void) {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && (c & bit_F16C);
 }
 
+static int32_t has_avxvnni(void) {
+    unsigned a = 0, b, c, d;
+    __get_cpuid_count(7, 1, &a, &b, &c, &d);
+    return has_avx2() && (a >> 4 & 1);
+}
+
 static int32_t has_avx512(void) {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
@@ -36,6 +42,9 @@ static const struct {
 #ifdef BUILT_avx512
     {"avx512", kernels_avx512, has_avx512},
 #endif
+#ifdef BUILT_avxvnni
+    {"avxvnni", kernels_avxvnni, has_avxvnni},
+#endif
 #ifdef BUILT_avx2
     {"avx2", kernels_avx2, has_avx2},
 #endif
@@ -51,6 +60,9 @@ const char *trit_built_isas(void) {
     return ""
 #ifdef BUILT_avx512
            "avx512 "
+#endif
+#ifdef BUILT_avxvnni
+           "avxvnni "
 #endif
 #ifdef BUILT_avx2
            "avx2 "

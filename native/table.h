@@ -7,7 +7,8 @@ struct named_kernel {
     kernel *run;
 };
 
-extern const struct named_kernel kernels_avx512[], kernels_avx2[], kernels_neon[], kernels_generic[];
+extern const struct named_kernel kernels_avx512[], kernels_avxvnni[], kernels_avx2[], kernels_neon[],
+    kernels_generic[];
 
 // The pool's two halves are the same for all instruction sets (pool.c).
 kernel serve, run_jobs;

@@ -26,7 +26,7 @@
 //   v_read_f16(p)        one half float as a float
 //   v_load_bf16(p)       LANES bfloat16 numbers
 //   v_load_u8(p), v_load_i8(p)         LANES bytes as integers
-//   v_load_nibbles(p)    LANES 4-bit numbers from LANES / 2 bytes, the high nibble of each byte first
+//   v_load_nibbles(p)    LANES / 2 bytes as 4-bit numbers, the high nibble of each byte first; higher bits are junk
 //   v_store_i8(p, x)     the low bytes of the lanes
 //   v_quarter(x, i)      lanes 4 i .. 4 i + 3 of sixteen
 

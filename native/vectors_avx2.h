@@ -1,4 +1,4 @@
-// AVX2 with FMA and F16C: see vectors.h.
+// AVX2 with FMA and F16C, with or without AVX-VNNI: see vectors.h.
 #pragma once
 #include <immintrin.h>
 
@@ -21,11 +21,15 @@ typedef float v4f __attribute__((vector_size(16)));
 #define v_load_i8(p) ((vi)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)(p))))
 #define v_quarter(x, i) ((v4f)_mm256_extractf128_ps((x)[(i) / 2], (i) % 2))
 
+#if defined(__AVXVNNI__)
+#define v_dot4(acc, q, x) ((vi)_mm256_dpbusd_avx_epi32((__m256i)(acc), (__m256i)(q), (__m256i)(x)))
+#else
 // The pairs cannot saturate: 2 * 127 * 127 is below 2^15, which is why q must not exceed 127.
 static inline vi v_dot4(vi acc, vu q, vu x) {
     __m256i pairs = _mm256_maddubs_epi16((__m256i)q, (__m256i)x);
     return acc + (vi)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 }
+#endif
 
 static inline __m256 eight(const float *table, vi index) {
     return _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), (__m256i)index);
@@ -45,7 +49,7 @@ static inline vi v_load_nibbles(const uint8_t *p) {
     memcpy(&bytes, p, sizeof bytes);
     // Lane i takes byte i / 2 and shifts its nibble down: the high one in even lanes.
     __m256i shifts = _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24);
-    return (vi)_mm256_srlv_epi32(_mm256_set1_epi32(bytes), shifts) & 15;
+    return (vi)_mm256_srlv_epi32(_mm256_set1_epi32(bytes), shifts);
 }
 
 static inline void v_store_i8(int8_t *p, vi x) {

@@ -26,7 +26,9 @@ typedef float v4f __attribute__((vector_size(16)));
 #define v_quarter(x, i) ((v4f)_mm512_extractf32x4_ps((x)[0], i))
 
 static inline vi v_load_nibbles(const uint8_t *p) {
-    __m128i bytes = _mm_loadl_epi64((const void *)p), mask = _mm_set1_epi8(15);
-    __m128i high = _mm_and_si128(_mm_srli_epi16(bytes, 4), mask);
-    return (vi)_mm512_cvtepu8_epi32(_mm_unpacklo_epi8(high, _mm_and_si128(bytes, mask)));
+    // Lane i takes the half of the eight bytes that holds its nibble and shifts it down: the high one in even lanes.
+    __m512i half = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+    __m512i shifts = _mm512_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24, 4, 0, 12, 8, 20, 16, 28, 24);
+    __m512i bytes = _mm512_castsi128_si512(_mm_loadl_epi64((const void *)p));
+    return (vi)_mm512_srlv_epi32(_mm512_permutexvar_epi32(half, bytes), shifts);
 }

@@ -6,6 +6,8 @@ typedef float vf __attribute__((vector_size(16)));
 typedef int32_t vi __attribute__((vector_size(16)));
 typedef uint32_t vn __attribute__((vector_size(16)));
 typedef uint8_t vu __attribute__((vector_size(16)));
+typedef int16_t vs __attribute__((vector_size(16)));
+typedef uint16_t vh __attribute__((vector_size(16)));
 typedef vf v4f;
 
 static inline vi choose(vi mask, vi yes, vi no) { return (mask & yes) | (~mask & no); }
@@ -24,11 +26,10 @@ static inline vf v_min(vf x, vf y) { return (vf)choose(x < y, (vi)x, (vi)y); }
 static inline vu v_min_u8(vu x, vu y) { return (vu)choose((vi)(x < y), (vi)x, (vi)y); }
 
 static inline vi v_dot4(vi acc, vu q, vu x) {
-    for (int k = 0; k < 4; k++) {
-        vi weight = (vi)q >> (8 * k) & 255, value = (vi)((vn)x << (24 - 8 * k)) >> 24;
-        acc += weight * value;
-    }
-    return acc;
+    // Two products at a time, in 16 bits: 2 * 127 * 127 fits.
+    vs even = ((vs)q & 255) * ((vs)x << 8 >> 8), odd = (vs)((vh)q >> 8) * ((vs)x >> 8);
+    vi pairs = (vi)(even + odd);
+    return acc + (pairs << 16 >> 16) + (pairs >> 16);
 }
 
 static inline vf v_lookup(const float *table, vi index) {
