@@ -1,4 +1,5 @@
 // All kernels for one instruction set. build.py compiles this file once for each, with ISA=avx2 and the like.
+#include "attention.h"
 #include "dense.h"
 #include "layers.h"
 #include "table.h"
@@ -14,5 +15,6 @@ const struct named_kernel TABLE_OF(ISA)[] = {
     ENTRY(trit1_f32), ENTRY(trit2_f32), ENTRY(trit3_f32), ENTRY(trit4_f32),
     ENTRY(f32), ENTRY(f16), ENTRY(bf16), ENTRY(q8), ENTRY(nf4), ENTRY(nf4_nested),
     ENTRY(rmsnorm), ENTRY(swiglu),
+    ENTRY(rope_append_f16), ENTRY(rope_append_f32), ENTRY(attention_f16), ENTRY(attention_f32),
     {0, 0},
 };

@@ -105,6 +105,16 @@ INLINE f32x16 splat16(float value) {
     return x;
 }
 
+INLINE f32x16 add16(f32x16 x, f32x16 y) {
+    UNROLL for (int i = 0; i < PARTS; i++) x.v[i] += y.v[i];
+    return x;
+}
+
+INLINE f32x16 mul16(f32x16 x, f32x16 y) {
+    UNROLL for (int i = 0; i < PARTS; i++) x.v[i] *= y.v[i];
+    return x;
+}
+
 INLINE f32x16 fma16(f32x16 x, f32x16 y, f32x16 z) {
     UNROLL for (int i = 0; i < PARTS; i++) z.v[i] = v_fma(x.v[i], y.v[i], z.v[i]);
     return z;

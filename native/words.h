@@ -17,3 +17,8 @@ enum { CLAIM = 0, DONE = 8, STARTED = 16, PARKED = 17, STOP = 24, THREADS = 25 }
 enum { TASK = 32, ARGUMENTS = 33, UNITS = 34, STATE_WORDS = 40 };
 // A list of jobs: their number, then these words for each.
 enum { JOB_TASK, JOB_ARGUMENTS, JOB_UNITS, JOB_WORDS };
+
+// RoPE and attention; AT_SCALE holds a float32.
+enum { AT_N, AT_HEADS, AT_KV_HEADS, AT_HEAD_DIM, AT_PADDED, AT_SLOTS, AT_SINKS, AT_WINDOW, AT_START };
+enum { AT_Q = 9, AT_Q_SINK, AT_K, AT_V, AT_COS, AT_SIN, AT_COS_SINK, AT_SIN_SINK };
+enum { AT_KEYS = 17, AT_VALUES, AT_OUT, AT_SCALE, AT_WORDS };

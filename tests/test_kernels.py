@@ -10,6 +10,7 @@ import pytest
 from formats import CODECS, Tensor, TritWriter, dequantize, open_trit
 from runtime.kernels import Kernels, get_kernels
 from runtime.kernels.numpy_backend import quantize_activations
+from tests.native_library import ensure_native_library
 
 SHAPES = [(1, 1), (3, 5), (17, 83), (16, 80), (64, 160), (130, 192), (33, 1000)]
 BATCHES = [1, 3, 5, 64]
@@ -23,8 +24,10 @@ OPTIONS = {
 SUM_ERROR = 3e-6
 
 
-@pytest.fixture(scope="module", params=["numpy", "numba"])
+@pytest.fixture(scope="module", params=["numpy", "numba", "native"])
 def backend(request: pytest.FixtureRequest) -> str:
+    if request.param == "native":
+        ensure_native_library()
     return str(request.param)
 
 

@@ -25,7 +25,9 @@ def get_kernels(backend: str = "auto", n_threads: int | None = None, int8: bool 
     if n_threads is not None and n_threads < 1:
         raise BackendError(f"n_threads is {n_threads}; it must be 1 or more")
     if backend == "native":
-        raise BackendError("the backend 'native' is not part of this version; use numba or numpy")
+        from .native_lib import NativeKernels
+
+        return NativeKernels(n_threads, int8)
     if backend == "numpy":
         from .numpy_backend import NumpyKernels
 
