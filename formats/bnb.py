@@ -87,7 +87,9 @@ def split_packed(stored: Mapping[str, StoredTensor]) -> tuple[dict[str, PackedTe
         name, _, kind = key.partition(STATE)
         state = plain.pop(key)
         if kind != NF4_STATE:
-            raise UnsupportedError(state.path, f"has quant_state {kind!r:.60}; supported is {NF4_STATE!r}", key)
+            what = kind.removeprefix("bitsandbytes__").upper()
+            message = f"says that the weight is packed as {what!r:.60}, which is not read; supported is NF4"
+            raise UnsupportedError(state.path, message, key)
         packed[name] = _packed(name, state, plain)
     return packed, plain
 

@@ -74,7 +74,10 @@ def check_quantization(raw: dict[str, Any], path: Path) -> None:
     quantization = raw.get("quantization_config")
     if not quantization:
         return
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    found = quantization if isinstance(quantization, dict) else {}
+    method = found.get("quant_method")
+    if method is None and {"load_in_4bit", "load_in_8bit"} & found.keys():
+        method = "bitsandbytes"  # as its first versions wrote it
     if method != "bitsandbytes":
         raise UnsupportedError(
             path,

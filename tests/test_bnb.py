@@ -192,8 +192,9 @@ def test_config_does_not_decide(tmp_path: Path) -> None:
     weights = write_hf(tmp_path / "plain", {"quantization_config": {"quant_method": "bitsandbytes"}})
     np.testing.assert_array_equal(open_source(tmp_path / "plain").tensors["norm"].read(), weights["norm"])
     folder = write(tmp_path / "packed", pieces_of({}))
-    edit_json(folder / "config.json", quantization_config=None)
-    assert open_source(folder).tensors["layers.0.wq"].dtype == "NF4"
+    for config in (None, {"load_in_4bit": True}):
+        edit_json(folder / "config.json", quantization_config=config)
+        assert open_source(folder).tensors["layers.0.wq"].dtype == "NF4"
 
 
 # ---- refused --------------------------------------------------------------------------------------------
@@ -248,7 +249,7 @@ def int8(pieces: Pieces) -> None:
 
 
 BAD: dict[str, tuple[Callable[[Pieces], None], type[FormatError], str, str]] = {
-    "fp4": (fp4, UnsupportedError, ".quant_state.bitsandbytes__fp4", "bitsandbytes__fp4"),
+    "fp4": (fp4, UnsupportedError, ".quant_state.bitsandbytes__fp4", "packed as 'FP4'"),
     "int8": (int8, UnsupportedError, "q_proj.SCB", "LLM.int8"),
     "other type": (state_with(quant_type="nf3"), UnsupportedError, STATE, "quant_type 'nf3'"),
     "no type": (state_with(quant_type=None), UnsupportedError, STATE, "quant_type None"),
