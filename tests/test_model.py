@@ -13,6 +13,7 @@ from runtime.cache import KVRing
 from runtime.errors import CacheError
 from runtime.model import Model
 from tests import reference_model, tiny
+from tests.native_library import ensure_native_library
 
 # Largest absolute difference of a logit, activations="f32": float32 sums in another order, nothing else.
 HF_TOLERANCE = 1e-4
@@ -36,9 +37,11 @@ if tiny.MORE_FIXTURES:
 CODECS = ("f32", "f16", "bf16", "q8", "trit1", "trit2", "trit3", "trit4", "nf4")
 
 
-@pytest.fixture(params=["numpy", "numba"])
+@pytest.fixture(params=["numpy", "numba", "native"])
 def backend(request: pytest.FixtureRequest) -> str:
     name: str = request.param
+    if name == "native":
+        ensure_native_library()
     return name
 
 
