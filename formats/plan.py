@@ -14,7 +14,7 @@ import numpy as np
 from .codec_base import Rows
 from .codecs import align, payload_nbytes
 from .errors import OptionError, SourceError, UnsupportedError
-from .mixed import allocate, measure
+from .mixed import SENSITIVITY, allocate, measure
 from .recovered import guess_trits
 from .source import Source, SourceTensor, expected_tensors
 from .trit_codec import Encode
@@ -28,6 +28,7 @@ MIXED = "trit-mixed"
 QUANTS = (*PLAIN, KEEP, MIXED)
 MAX_REMARKS = 20
 EMBEDDINGS = frozenset({"tok_embeddings", "output"})
+MATRICES = frozenset(SENSITIVITY)
 KEPT = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 # What the quantisers are asked for: their parameters, spelt out because the plan needs the sizes beforehand
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -65,7 +66,7 @@ class Planned:
     @property
     def is_matrix(self) -> bool:
         """Whether it is a matrix of a layer: what --quant is about."""
-        return len(self.shape) == 2 and self.name not in EMBEDDINGS
+        return self.name.rsplit(".", 1)[-1] in MATRICES
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ def make_plan(
         wanted = KEEP if name in source.extra else embed if name in EMBEDDINGS else mixed.get(name, quant)
         codec, params = _codec_of(tensor, wanted)
         item = Planned(name, codec, params, tensor.shape, tensor)
-        if wanted == KEEP and item.is_matrix and codec in KEPT.values() and name not in source.extra:
+        if wanted == KEEP and item.is_matrix and codec in KEPT.values():
             if progress:
                 progress(len(plan), len(source.tensors), f"looking at {name}")
             item = _look_for_trits(item, tensor)
@@ -165,7 +166,7 @@ def _look_for_trits(item: Planned, tensor: SourceTensor) -> Planned:
 
 def _mixed(source: Source, bpw: float, encode: Encode, progress: Progress | None) -> dict[str, str]:
     """Give the codec of each matrix of the layers, none of them below what others of the budget allow."""
-    names = [n for n, shape in expected_tensors(source.config).items() if len(shape) == 2 and n not in EMBEDDINGS]
+    names = [name for name in expected_tensors(source.config) if name.rsplit(".", 1)[-1] in MATRICES]
     measured = []
     for i, name in enumerate(names):
         if progress:
