@@ -23,7 +23,17 @@ SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
 
 # Sums must come out as they are written: no contraction to fused operations, no reordering. Numbers made from
 # arbitrary bytes may wrap.
-FLAGS = ["-std=c11", "-O3", "-fPIC", "-ffp-contract=off", "-fwrapv", "-fno-math-errno", "-Wall", "-Wextra", "-Wno-psabi"]
+FLAGS = [
+    "-std=c11",
+    "-O3",
+    "-fPIC",
+    "-ffp-contract=off",
+    "-fwrapv",
+    "-fno-math-errno",
+    "-Wall",
+    "-Wextra",
+    "-Wno-psabi",
+]
 _AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 _AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mprefer-vector-width=512"]
 # Instruction sets of each machine, best first, as in dispatch.c.
@@ -55,12 +65,17 @@ def library_name() -> str:
 def folders() -> Iterator[Path]:
     """Where the library may lie: beside this file, then in the user's cache folder."""
     yield HERE
+    yield cache_folder()
+
+
+def cache_folder() -> Path:
+    """This user's folder for libraries, and for what is known of them. TRITLLAMA_CACHE moves it."""
     root = os.environ.get("TRITLLAMA_CACHE")
     if not root:
         import platformdirs
 
         root = platformdirs.user_cache_dir("tritllama", appauthor=False)
-    yield Path(root) / "native"
+    return Path(root) / "native"
 
 
 def find_library() -> Path | None:

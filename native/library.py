@@ -29,4 +29,3 @@ class Library:
     def kernel(self, isa: str, name: str) -> int:
         """The address of a kernel, 0 if there is none of that name."""
         return int(self._ffi.cast("intptr_t", self._library.trit_kernel(isa.encode(), name.encode())))
-

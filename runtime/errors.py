@@ -11,5 +11,9 @@ class BackendError(ValueError):
     """The backend that was asked for cannot be had."""
 
 
+class KernelDiffers(BackendError):
+    """A kernel gives other results than the reference on this machine."""
+
+
 class CacheError(ValueError):
     """The KV ring does not hold what was asked of it."""

@@ -39,20 +39,20 @@ def cpu() -> tuple[str, str]:
 
 
 @cache
-def _folder() -> Path | None:
+def folder() -> Path | None:
     """Where this version's object files are kept, or None if nothing can be written."""
     digest = hashlib.sha256(repr(cpu()).encode())
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.read_bytes())
     versions = f"{version('numba')}-{version('llvmlite')}-{platform.python_version()}-{platform.machine()}"
     root = os.environ.get("TRITLLAMA_CACHE") or platformdirs.user_cache_dir("tritllama", appauthor=False)
-    folder = Path(root) / "kernels" / f"{digest.hexdigest()[:16]}-{versions}"
+    made = Path(root) / "kernels" / f"{digest.hexdigest()[:16]}-{versions}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        made.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         log.warning("compiled kernels cannot be kept: %s", error)
         return None
-    return folder if os.access(folder, os.W_OK) else None
+    return made if os.access(made, os.W_OK) else None
 
 
 @cache
@@ -62,8 +62,8 @@ def kernel(module: str, function: str) -> int:
     module: a file of this folder; function: one of its kernels. The two pointers are Numba's; any scratch will do.
     """
     with _lock:
-        folder = _folder()
-        file = folder / f"{module}.{function}.o" if folder else None
+        kept = folder()
+        file = kept / f"{module}.{function}.o" if kept else None
         code = _read(file) if file else None
         if code is None:
             _announce()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -15,10 +14,11 @@ import numpy as np
 from formats import Tensor
 
 from ..cache import KVRing
+from ..errors import KernelDiffers
 from . import words as w
 from .base import ACT_BLOCK, GROUPED
 from .exceptions import Exceptions
-from .numpy_backend import quantize_activations
+from .numpy_backend import NumpyLinear, quantize_activations
 from .pool import Pool, usable_cores
 
 _ROUNDING = {"float32": 0, "float16": 1, "bfloat16": 2}
@@ -171,8 +171,11 @@ class CompiledKernels:
         self._attention_job = np.zeros(w.AT_WORDS, np.int64)
         self._keep: Any = None
 
-    def linear(self, tensors: Sequence[Tensor], biases: Sequence[np.ndarray | None]) -> CompiledLinear:
-        return CompiledLinear(self, tensors, biases)
+    def linear(self, tensors: Sequence[Tensor], biases: Sequence[np.ndarray | None]) -> CompiledLinear | NumpyLinear:
+        try:
+            return CompiledLinear(self, tensors, biases)
+        except KernelDiffers:  # the user has been told
+            return NumpyLinear(tensors, biases, self.int8)
 
     def rmsnorm(self, x: np.ndarray, gain: np.ndarray, eps: float, out: np.ndarray) -> None:
         job = self._norm_job
@@ -228,20 +231,3 @@ class CompiledKernels:
 
     def close(self) -> None:
         self.pool.close()
-
-
-class NumbaKernels(CompiledKernels):
-    """The default: kernels compiled by Numba for this CPU."""
-
-    name = "numba"
-
-    def __init__(self, n_threads: int | None = None, int8: bool = True) -> None:
-        from .compiling import cpu, kernel
-
-        super().__init__(kernel, n_threads, int8)
-        self._features = cpu()[1].split(",")
-
-    def describe(self) -> str:
-        known = ("avx512vnni", "avxvnni", "avx512f", "avx2", "dotprod", "neon")
-        best = next((name for name in known if f"+{name}" in self._features), "plain vectors")
-        return f"numba {version('numba')} ({best}), {self.pool.n_threads} threads"

@@ -13,7 +13,7 @@ BACKENDS = ("auto", "native", "numba", "numpy")
 def get_kernels(backend: str = "auto", n_threads: int | None = None, int8: bool = True) -> Kernels:
     """Make the kernels of one backend.
 
-    backend: "auto" takes TRIT_BACKEND if that is set, else the fastest that works here
+    backend: "auto" takes TRIT_BACKEND if that is set, else the first that works here of native, numba, numpy
     n_threads: None for the cores that this process may use
     int8: products of trit matrices round their activations to int8 blocks; False keeps them float32
     Raises BackendError if a backend that was asked for by name cannot be had.
@@ -24,21 +24,27 @@ def get_kernels(backend: str = "auto", n_threads: int | None = None, int8: bool 
         raise BackendError(f"there is no backend {backend!r}; there are {', '.join(BACKENDS)}")
     if n_threads is not None and n_threads < 1:
         raise BackendError(f"n_threads is {n_threads}; it must be 1 or more")
-    if backend == "native":
+    for name in ("native", "numba", "numpy") if backend == "auto" else (backend,):
+        try:
+            return _make(name, n_threads, int8)
+        except ImportError as error:
+            if backend == "numba":
+                raise BackendError(f"the backend 'numba' cannot be had: {error}") from error
+        except BackendError:
+            if backend != "auto" or os.environ.get("TRIT_NATIVE_ISA"):
+                raise
+    raise AssertionError("the NumPy backend works everywhere")
+
+
+def _make(name: str, n_threads: int | None, int8: bool) -> Kernels:
+    if name == "native":
         from .native_lib import NativeKernels
 
         return NativeKernels(n_threads, int8)
-    if backend == "numpy":
-        from .numpy_backend import NumpyKernels
-
-        return NumpyKernels(n_threads, int8)
-    try:
-        from .numba_backend import NumbaKernels
+    if name == "numba":
+        from .numba_lib import NumbaKernels
 
         return NumbaKernels(n_threads, int8)
-    except ImportError as error:
-        if backend == "numba":
-            raise BackendError(f"the backend 'numba' cannot be had: {error}") from error
-        from .numpy_backend import NumpyKernels
+    from .numpy_backend import NumpyKernels
 
-        return NumpyKernels(n_threads, int8)
+    return NumpyKernels(n_threads, int8)
