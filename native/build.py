@@ -117,6 +117,9 @@ def build(folder: Path | None = None, compiler: str | None = None, extra: Sequen
         shutil.copyfile(made, temporary)
         os.chmod(temporary, 0o755)
         os.replace(temporary, folder / library_name())
+    if (folder / "kernels.h").is_file():  # beside the sources, libraries of older ones are of no use to anyone
+        for old in set(folder.glob(f"kernels-*{SUFFIX}")) - {folder / library_name()}:
+            old.unlink(missing_ok=True)
     return folder / library_name()
 
 

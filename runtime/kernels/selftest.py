@@ -17,6 +17,7 @@ from formats import CODECS, Tensor
 from ..cache import KVRing
 from ..config import ModelConfig
 from ..errors import KernelDiffers
+from .base import Kernels
 from .numba_backend import CompiledKernels
 from .numpy_backend import NumpyKernels
 
@@ -145,7 +146,8 @@ def _attention_agrees(kernels: CompiledKernels, reference: NumpyKernels, codec: 
         angles = rng.uniform(0, 6, (2, n, 3)).astype(np.float32)
         turns = np.cos(angles[0]), np.sin(angles[0]), np.cos(angles[1]), np.sin(angles[1])
         outs = []
-        for backend, ring in zip((kernels, reference), rings, strict=True):
+        backends: tuple[Kernels, Kernels] = (kernels, reference)
+        for backend, ring in zip(backends, rings, strict=True):
             mine, near, out = q.copy(), np.zeros_like(q), np.zeros_like(q)
             backend.rope_append(mine, near, k.copy(), v.copy(), turns, ring, 0)
             backend.attention(mine, near, ring, 0, out)
