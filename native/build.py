@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -125,23 +126,27 @@ def build(folder: Path | None = None, compiler: str | None = None, extra: Sequen
 
 def compile_all(compiler: str, scratch: Path, isas: dict[str, list[str]], extra: Sequence[str]) -> list[Path]:
     """Object files of all sources. An instruction set that an old compiler does not know is left out."""
-    objects, built = [], []
-    for isa, flags in isas.items():
-        target = scratch / f"{isa}.o"
+    command = [compiler, *FLAGS, *extra, "-c"]
+
+    def compile_isa(isa: str) -> BuildError | None:
         try:
-            _run([compiler, *FLAGS, *flags, f"-DISA={isa}", *extra, "-c", str(HERE / "isa.c"), "-o", str(target)])
+            _run([*command, *isas[isa], f"-DISA={isa}", str(HERE / "isa.c"), "-o", str(scratch / f"{isa}.o")])
         except BuildError as error:
-            if isa == "generic":
-                raise
+            return error
+        return None
+
+    with ThreadPoolExecutor() as threads:
+        errors = dict(zip(isas, threads.map(compile_isa, isas), strict=True))
+    if error := errors["generic"]:
+        raise error
+    for isa, error in errors.items():
+        if error:
             print(f"left out {isa}: {error}", file=sys.stderr)
-            continue
-        objects.append(target)
-        built.append(f"-DBUILT_{isa}")
+    built = [isa for isa in isas if not errors[isa]]
     for source in ONCE:
-        target = scratch / f"{source}.o"
-        _run([compiler, *FLAGS, *built, *extra, "-c", str(HERE / source), "-o", str(target)])
-        objects.append(target)
-    return objects
+        flags = [f"-DBUILT_{isa}" for isa in built]
+        _run([*command, *flags, str(HERE / source), "-o", str(scratch / f"{source}.o")])
+    return [scratch / f"{name}.o" for name in (*built, *ONCE)]
 
 
 def _run(command: list[str]) -> None:

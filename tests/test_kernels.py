@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from formats import CODECS, Tensor, TritWriter, dequantize, open_trit
 from runtime.kernels import Kernels, get_kernels
 from runtime.kernels.numpy_backend import quantize_activations
-from tests.native_library import ensure_native_library
+from tests.native_library import LESSER_ISAS, ensure_native_library
 
 SHAPES = [(1, 1), (3, 5), (17, 83), (16, 80), (64, 160), (130, 192), (33, 1000)]
 BATCHES = [1, 3, 5, 64]
@@ -24,11 +25,16 @@ OPTIONS = {
 SUM_ERROR = 3e-6
 
 
-@pytest.fixture(scope="module", params=["numpy", "numba", "native"])
-def backend(request: pytest.FixtureRequest) -> str:
-    if request.param == "native":
-        ensure_native_library()
-    return str(request.param)
+@pytest.fixture(scope="module", params=["numpy", "numba", "native", *(f"native:{isa}" for isa in LESSER_ISAS)])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A backend's name; the native one also with each lesser instruction set that this CPU has."""
+    name, _, isa = str(request.param).partition(":")
+    if name == "native":
+        ensure_native_library(isa)
+    with pytest.MonkeyPatch.context() as patch:
+        if isa:
+            patch.setenv("TRIT_NATIVE_ISA", isa)
+        yield name
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["int8", "f32"])
@@ -96,8 +102,11 @@ def test_several_matrices_of_several_codecs_in_one_call(matrices: Path, kernels:
             assert np.array_equal(result, alone), tensor.name
 
 
-def test_an_output_depends_on_neither_batch_nor_threads(matrices: Path) -> None:
+@pytest.mark.parametrize("name", ["numba", "native"])
+def test_an_output_depends_on_neither_batch_nor_threads(matrices: Path, name: str) -> None:
     """Bit for bit: a token's result is the same alone, in any batch, with any number of threads."""
+    if name == "native":
+        ensure_native_library()
     rng = np.random.default_rng(2)
     x = rng.standard_normal((300, 1000)).astype(np.float32)
     with open_trit(matrices) as file:
@@ -105,7 +114,7 @@ def test_an_output_depends_on_neither_batch_nor_threads(matrices: Path) -> None:
             tensor = file.tensors[f"{codec}.0.33x1000"]
             results = []
             for threads in (1, 2, 5):
-                kernels = get_kernels("numba", n_threads=threads)
+                kernels = get_kernels(name, n_threads=threads)
                 linear = kernels.linear([tensor], [None])
                 whole = np.zeros((300, 33), np.float32)
                 linear(x, [whole])
