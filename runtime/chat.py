@@ -42,7 +42,7 @@ SAMPLING: dict[str, tuple[tuple[str, ...], Any, str]] = {
 
 def setup_arg_parser() -> argparse.ArgumentParser:
     """Build the parser of this command."""
-    parser = ArgumentParser(prog="runtime.chat", description="Talk to a model.", allow_abbrev=False)
+    parser = ArgumentParser(prog="python -m runtime.chat", description="Talk to a model.", allow_abbrev=False)
     add = parser.add_argument
     add("model", nargs="?", metavar="MODEL.trit", help="the model (default: a demo model, fetched once)")
     add("-m", "--model", dest="model_option", metavar="MODEL.trit", help="the model, as an option")

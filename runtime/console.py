@@ -80,12 +80,13 @@ class Console:
 
     @contextmanager
     def interruptible(self, cancel: threading.Event) -> Iterator[None]:
-        """Let the first Ctrl-C set `cancel`; a second one interrupts as usual."""
+        """Let the first Ctrl-C set `cancel`, which a long prompt heeds between its chunks; a second one interrupts."""
 
         def stop(signum: int, frame: FrameType | None) -> None:
             if cancel.is_set():
                 raise KeyboardInterrupt
             cancel.set()
+            self.say("(stopping)")
 
         try:
             before = signal.signal(signal.SIGINT, stop)

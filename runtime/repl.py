@@ -198,7 +198,8 @@ class Repl:
             self.system = text
             self._reset("")
         else:
-            self.console.say("(no system message)" if self.system is None else self.system)
+            default = self.llm.chat_format.system if self.llm.chat_format else None
+            self.console.say(self.system or default or "(no system message)")
 
     def _regen(self, _: str) -> None:
         turns: list[Any] = self.messages if self.chat else self.texts

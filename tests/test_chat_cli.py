@@ -167,7 +167,6 @@ def test_wrong_models(model: Path, tmp_path: Path) -> None:
     (tmp_path / "cut.trit").write_bytes(model.read_bytes()[:-1000])
     assert "cut.trit" in refused(chat(tmp_path / "cut.trit", "-p", "x"))
     assert "unknown chat format 'x'" in refused(chat(model, "-p", "x", "--chat-format", "x", *QUICK))
-    assert "native" in refused(chat(model, "-p", "x", "--backend", "native"))
 
 
 def test_a_prompt_longer_than_the_context(model: Path) -> None:

@@ -138,7 +138,7 @@ def show(results: list[dict[str, Any]]) -> None:
 
 def command(argv: Sequence[str]) -> int:
     """Parse the arguments, measure, print."""
-    parser = ArgumentParser(prog="tools.bench", description="Measure the speed of a model.")
+    parser = ArgumentParser(prog="python -m tools.bench", description="Measure the speed of a model.")
     add_arguments(parser)
     args = parser.parse_args(argv)
     check_lengths(args)

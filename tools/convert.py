@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: list[str]) -> int:
-    parser = ArgumentParser(prog="tools.convert", description=HELP)
+    parser = ArgumentParser(prog="python -m tools.convert", description=HELP)
     add_arguments(parser)
     args = parser.parse_args(argv)
     if args.out is None and not args.dry_run:

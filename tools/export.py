@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: list[str]) -> int:
-    parser = ArgumentParser(prog="tools.export", description=HELP)
+    parser = ArgumentParser(prog="python -m tools.export", description=HELP)
     add_arguments(parser)
     args = parser.parse_args(argv)
     started = time.perf_counter()

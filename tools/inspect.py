@@ -186,7 +186,7 @@ def verify(file: TritFile) -> None:
 
 def command(argv: Sequence[str]) -> int:
     """Parse the arguments, open the file, print."""
-    parser = ArgumentParser(prog="tools.inspect", description="Show or verify what is in a .trit file.")
+    parser = ArgumentParser(prog="python -m tools.inspect", description="Show or verify what is in a .trit file.")
     add_arguments(parser)
     args = parser.parse_args(argv)
     with open_trit(args.model) as file:

@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: list[str]) -> int:
-    parser = ArgumentParser(prog="tools.make_checkpoint", description=HELP)
+    parser = ArgumentParser(prog="python -m tools.make_checkpoint", description=HELP)
     add_arguments(parser)
     args = parser.parse_args(argv)
     started, out = time.perf_counter(), Path(args.out)

@@ -138,7 +138,7 @@ def show(found: dict[str, Any]) -> None:
 
 def command(argv: Sequence[str]) -> int:
     """Parse the arguments, measure, print."""
-    parser = ArgumentParser(prog="tools.perplexity", description="Measure how well a model predicts a text.")
+    parser = ArgumentParser(prog="python -m tools.perplexity", description="Measure how well a model predicts a text.")
     add_arguments(parser)
     args = parser.parse_args(argv)
     found = measure(args)
