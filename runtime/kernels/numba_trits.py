@@ -22,9 +22,13 @@ SCRATCH_WEIGHTS = TOKENS * 64  # byte offset, in the scratch memory, of a superb
 
 @njit(forceinline=True)
 def _digits(v, weight):
-    """(digit of that weight, the rest below it)."""
-    t = simd.trit(v, weight)
-    return t, v - t * weight
+    """(ternary digit of that weight, the rest below it), for values below three times the weight.
+
+    Taking the weight away where that does not wrap leaves the rest. What was taken is the digit times the weight, and
+    81 and 9 are 1 modulo 4, 27 and 3 are -1: its two low bits are the digit, or its negative."""
+    rest = simd.minimum_u8(v, v - weight)
+    rest = simd.minimum_u8(rest, rest - weight)
+    return ((v - rest) if weight % 4 == 1 else (rest - v)) & 3, rest
 
 
 @njit(forceinline=True)

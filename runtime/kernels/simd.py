@@ -244,9 +244,6 @@ def sum_lanes_i32(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
     return b.extract_element(x, ir.Constant(I32, 0))
 
 
-@operation(u8x64, u8x64, types.uint8)
-def trit(b: ir.IRBuilder, value: ir.Value, weight: ir.Value) -> ir.Value:
-    """The ternary digit of that weight, for values below three times the weight: (v >= w) + (v >= 2w)."""
-    one = b.icmp_unsigned(">=", value, splat(b, weight, 64))
-    two = b.icmp_unsigned(">=", value, splat(b, b.add(weight, weight), 64))
-    return b.add(b.zext(one, U8X64), b.zext(two, U8X64))
+@operation(u8x64, u8x64, u8x64)
+def minimum_u8(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
+    return b.select(b.icmp_unsigned("<", x, y), x, y)
