@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from formats import Tensor, TensorError, TritFile, dequantize, dequantize_rows, open_trit
+from formats import Tensor, TensorError, TritFile, UnsupportedError, dequantize, dequantize_rows, open_trit
 from formats.source import expected_tensors
 
 from .cache import KVRing
@@ -204,6 +204,8 @@ def check_tensors(file: TritFile, config: ModelConfig) -> None:
 
     Raises TensorError that lists all missing ones, or names the first of a wrong shape.
     """
+    if needed := file.header.get("requires"):
+        raise UnsupportedError(file.path, f"needs {', '.join(needed)}, which this version does not run")
     expected = expected_tensors(config.to_dict())
     missing = [name for name in expected if name not in file.tensors]
     if missing:

@@ -69,6 +69,7 @@ def _main(argv: list[str]) -> int:
         parser.error(f"--quant {MIXED} goes with --bpw, and nothing else does")
     started = time.perf_counter()
     source = open_source(args.source)
+    ModelConfig.from_dict(source.config, str(source.path))  # what the runtime cannot run is not worth converting
     out, several = Path(args.out or "OUT.trit"), len(args.quant) > 1
     paths = several_paths(source, out, args.quant) if several else {args.quant[0]: out}
     with Bar("convert") as bar, fast_encoder() as encode, _folder(out, several and not args.dry_run):
