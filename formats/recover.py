@@ -40,7 +40,8 @@ class Recovery:
     scale_codes: (out, groups) uint8, groups = ceil(in / 16); all-zero groups and exceptions have code 0
     exceptions: (k,) int64, ascending indices of flattened groups that do not fit (their levels are 0)
     exception_bits: (k, 16) uint16 or uint32, the source's raw bits, a short last group filled with 0
-    negative_zeros: how many source values are -0.0 outside the exceptions; they come back as +0.0
+    negative_zeros: how many source values are -0.0 outside the exceptions; here they come back as +0.0, and whoever
+        packs the matrix adds their signs (recovered.py)
     """
 
     depth: int
