@@ -1,160 +1,339 @@
-// RoPE, the append to the ring, and attention over it.
+// Attention over the ring, block by block with a running maximum and sum (Milakov and Gimelshein, 2018).
+// The same as runtime/kernels/numba_attention.py, where it is explained, sum by sum.
 #pragma once
-#include "jobs.h"
+#include "ring.h"
+#include "tiles.h"
 
-enum { SLOTS = 64, LONGEST_HEAD = 512 };  // cached tokens in one attention block; numbers in a head
+#define NOTHING (-__builtin_inff())
 
-// ==== RoPE (Su et al., 2021) and the append to the ring ====
+// A result: (rows, width) sums of values, (rows) maxima, (rows) sums of weights.
+INLINE float *tops_of(float *result, int64_t rows, int64_t width) { return result + rows * width; }
 
-// The ring slot of a position: sinks keep theirs, the others go round.
-INLINE int64_t slot_of(words job, int64_t position) {
-    int64_t sinks = job[AT_SINKS];
-    return position < sinks ? position : sinks + (position - sinks) % (job[AT_SLOTS] - sinks);
+INLINE int64_t padded16(int64_t n) { return (n + 15) / 16 * 16; }
+INLINE int64_t group_of(words job) { return job[AT_HEADS] / job[AT_KV_HEADS]; }
+// Rows of one key-value head, in fours.
+INLINE int64_t rows_of_tokens(words job, int64_t tokens) { return (tokens * group_of(job) + 3) / 4 * 4; }
+INLINE int is_sliding(words job) { return job[AT_START] + job[AT_N] > job[AT_WINDOW]; }
+INLINE float *area_of(words job, int64_t unit) { return at(job[AT_AREA], unit * job[AT_AREA_BYTES]); }
+INLINE float *in(float *area, int64_t offset) { return area + offset / 4; }
+
+// The first position of the window that a query sees.
+INLINE int64_t oldest_of(words job, int64_t position) {
+    return max_of(job[AT_SINKS], position + 1 - (job[AT_WINDOW] - job[AT_SINKS]));
 }
 
-// Half-split rotation, as Hugging Face orders the rows: (a, b) -> (a cos - b sin, b cos + a sin).
-INLINE void rotate(const float *source, float *target, const float *cos, const float *sin, int64_t half) {
-    for (int64_t i = 0; i < half; i++) {
-        float a = source[i], b = source[half + i];
-        target[i] = a * cos[i] - b * sin[i];
-        target[half + i] = b * cos[i] + a * sin[i];
+INLINE vf exp_of(float x) { return v_exp(v_splat(x)); }
+
+// ==== Queries ====
+
+// Scale the queries of one key-value head and, where keys stay codes, multiply them by the keys' decoder.
+static void pack_rows(words job, float *area, const float *source, float *target, float *shift, int64_t kv_head,
+                      int64_t first, int64_t tokens) {
+    words keys = job + AT_KEYS;
+    int64_t head_dim = job[AT_HEAD_DIM], group = group_of(job), rows = rows_of_tokens(job, tokens);
+    int64_t seen = keys[SD_SEEN], padded = keys[SD_SHARED] ? padded16(head_dim) : seen;
+    float *packed = keys[SD_SHARED] ? in(area, job[AT_FEATURES]) : target, scale = float_word(job + AT_SCALE);
+    const float *bias = at(keys[SD_OUTPUT_BIAS], kv_head * padded * 4);
+    for (int64_t r = 0; r < rows; r++) {
+        const float *q = source + ((first + r / group) * job[AT_HEADS] + kv_head * group + r % group) * head_dim;
+        float *row = packed + r * padded;
+        shift[r] = 0.0f;
+        memset(row, 0, padded * 4);
+        if (r >= tokens * group) continue;
+        for (int64_t i = 0; i < head_dim; i++) row[i] = q[i] * scale;
+        if (keys[SD_SHARED])
+            for (int64_t i = 0; i < head_dim; i++) shift[r] += row[i] * bias[i];
+    }
+    if (keys[SD_SHARED])
+        dots(packed, padded, rows, at(keys[SD_OUTPUT], kv_head * seen * padded * 4), padded, 0, seen, padded, target, seen);
+}
+
+// Prepare a unit's rows, for the window and, once tokens have slid out, for the sinks.
+static void pack_unit(words job, float *area, int64_t kv_first, int64_t kv_stop, int64_t first, int64_t tokens) {
+    int64_t rows = rows_of_tokens(job, tokens), seen = job[AT_KEYS + SD_SEEN], all_rows = (kv_stop - kv_first) * rows;
+    float *query = in(area, job[AT_QUERY]), *near = in(area, job[AT_NEAR]), *shift = in(area, job[AT_SHIFT]);
+    for (int64_t kv_head = kv_first; kv_head < kv_stop; kv_head++) {
+        int64_t r = (kv_head - kv_first) * rows;
+        pack_rows(job, area, at(job[AT_Q], 0), query + r * seen, shift + r, kv_head, first, tokens);
+        if (is_sliding(job))
+            pack_rows(job, area, at(job[AT_Q_SINK], 0), near + r * seen, shift + all_rows + r, kv_head, first, tokens);
     }
 }
 
-// Store one head's vector as float16 (wide: float32), padded with zeros to whole vectors.
-INLINE void append(int wide, words job, int64_t plane, int64_t slot, const float *source) {
-    float head[LONGEST_HEAD];
-    int64_t padded = job[AT_PADDED], size = wide ? 4 : 2;
-    memcpy(head, source, job[AT_HEAD_DIM] * 4);
-    memset(head + job[AT_HEAD_DIM], 0, (padded - job[AT_HEAD_DIM]) * 4);
-    for (int64_t i = 0; i < padded; i += LANES) {
-        void *target = at(plane, (slot * padded + i) * size);
-        if (wide)
-            v_store(target, v_load(head + i));
-        else
-            v_store_f16(target, v_load(head + i));
+// ==== One block of cached tokens ====
+
+// x Phi(x), within 1e-6; erf by Abramowitz and Stegun, 7.1.26.
+INLINE vf gelu(vf x) {
+    vf z = v_abs(x) * 0.70710678f, t = 1.0f / v_fma(z, v_splat(0.3275911f), v_splat(1.0f));
+    vf p = v_fma(t, v_splat(1.061405429f), v_splat(-1.453152027f));
+    p = v_fma(t, p, v_splat(1.421413741f));
+    p = v_fma(t, p, v_splat(-0.284496736f));
+    p = v_fma(t, p, v_splat(0.254829592f));
+    vf tail = p * t * v_exp(z * z * -1.0f) * 0.5f;  // 1 - Phi(|x|)
+    return v_max(x, v_splat(0.0f)) - v_abs(x) * tail;
+}
+
+// GELU with a hyperbolic tangent for erf (Hendrycks and Gimpel, 2016).
+INLINE vf gelu_tanh(vf x) {
+    vf inner = v_fma(x * x, x * 0.044715f, x) * -1.5957691f;
+    return x / (v_exp(v_min(inner, v_splat(88.0f))) + 1.0f);
+}
+
+static void add_bias(float *x, int64_t rows, int64_t width, const float *bias) {
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t d = 0; d < width; d += LANES) v_store(x + i * width + d, v_load(x + i * width + d) + v_load(bias + d));
+}
+
+static void activate(float *x, int64_t n, int exact) {
+    for (int64_t i = 0; i < n; i += LANES) v_store(x + i, exact ? gelu(v_load(x + i)) : gelu_tanh(v_load(x + i)));
+}
+
+// Rotate decoded keys for their positions.
+static void rotate_rows(words job, words side, int64_t first, int64_t count, float *x, int64_t stride) {
+    int64_t slot = slot_of(job, first), turn = job[AT_HEAD_DIM] * 2;
+    for (int64_t i = 0; i < count; i++, x += stride) {
+        rotate(x, x, at(side[SD_COS], slot * turn), at(side[SD_SIN], slot * turn), job[AT_HEAD_DIM]);
+        slot = slot + 1 < job[AT_SLOTS] ? slot + 1 : job[AT_SINKS];
     }
 }
 
-INLINE int64_t plane_bytes(int wide, words job) { return job[AT_SLOTS] * job[AT_PADDED] * (wide ? 4 : 2); }
-
-// Rotate one token's queries and keys in place and put its keys and values into the ring.
-//
-// Once tokens have slid out, the queries are also rotated for a position that is nearer by as many tokens: with these
-// the sinks are read, so that they stay as close as they would be in a context without the lost tokens.
-INLINE void rope_append(int wide, words job, int64_t token) {
-    int64_t head_dim = job[AT_HEAD_DIM], half = head_dim / 2, turn = token * half * 4;
-    int64_t position = job[AT_START] + token, slot = slot_of(job, position);
-    const float *cos = at(job[AT_COS], turn), *sin = at(job[AT_SIN], turn);
-    for (int64_t head = 0; head < job[AT_HEADS]; head++) {
-        int64_t offset = (token * job[AT_HEADS] + head) * head_dim * 4;
-        float *q = at(job[AT_Q], offset);
-        if (position >= job[AT_WINDOW])
-            rotate(q, at(job[AT_Q_SINK], offset), at(job[AT_COS_SINK], turn), at(job[AT_SIN_SINK], turn), half);
-        rotate(q, q, cos, sin, half);
+// What attention sees of `count` tokens: rows of SD_SEEN floats.
+static const float *block_of(words job, words side, float *area, int64_t kv_head, int64_t first, int64_t count) {
+    int64_t features = side[SD_FEATURES], seen = side[SD_SEEN], four = (count + 3) / 4 * 4;
+    float *target = in(area, job[AT_BLOCK]), *x = in(area, job[AT_CODES]);
+    if (!side[SD_HIDDEN] && !side[SD_COS]) {
+        read_back(job, side, side[SD_HEADS] > 1 ? kv_head : 0, first, count, target);
+        return target;
     }
-    for (int64_t head = 0; head < job[AT_KV_HEADS]; head++) {
-        int64_t offset = (token * job[AT_KV_HEADS] + head) * head_dim * 4, plane = head * plane_bytes(wide, job);
-        float *k = at(job[AT_K], offset);
-        rotate(k, k, cos, sin, half);
-        append(wide, job, job[AT_KEYS] + plane, slot, k);
-        append(wide, job, job[AT_VALUES] + plane, slot, at(job[AT_V], offset));
+    read_back(job, side, 0, first, count, x);
+    if (side[SD_HIDDEN]) {
+        float *hidden = side[SD_COS] ? in(area, job[AT_FEATURES]) : target;
+        int64_t padded = side[SD_PADDED];
+        dots(x, padded, four, at(side[SD_HIDDEN], 0), padded, 0, features, padded, hidden, features);
+        add_bias(hidden, count, features, at(side[SD_HIDDEN_BIAS], 0));
+        activate(hidden, count * features, side[SD_ACTIVATION] == 0);
+        x = hidden;
     }
+    if (side[SD_COS]) {
+        const float *output = at(side[SD_OUTPUT], kv_head * seen * features * 4);
+        dots(x, features, four, output, features, 0, seen, features, target, seen);
+        add_bias(target, count, seen, at(side[SD_OUTPUT_BIAS], kv_head * seen * 4));
+        rotate_rows(job, side, first, count, target, seen);
+    }
+    return target;
 }
 
-// ==== Attention over the ring, block by block with a running maximum and sum (Milakov and Gimelshein, 2018) ====
-
-// What one query head has gathered so far.
-typedef struct {
-    float query[LONGEST_HEAD], values[LONGEST_HEAD];
-    float maximum, sum;
-} gathered;
-
-// Sixteen cached numbers, number `index` of a plane and on.
-INLINE f32x16 cached(int wide, const void *plane, int64_t index) {
-    f32x16 x;
-    UNROLL for (int i = 0; i < PARTS; i++)
-        x.v[i] = wide ? v_load((const float *)plane + index + i * LANES)
-                      : v_load_f16((const uint16_t *)plane + index + i * LANES);
-    return x;
+// x in lanes first .. stop - 1 of the LANES from `lane` on, `other` in the rest.
+INLINE vf keep_lanes(vf x, int64_t lane, int64_t first, int64_t stop, float other) {
+    int32_t numbers[LANES];
+    for (int i = 0; i < LANES; i++) numbers[i] = i;
+    vi number = v_load_i32(numbers) + (int32_t)lane;
+    vi inside = (vi)(number >= (int32_t)first) & (vi)(number < (int32_t)stop);
+    return (vf)((inside & (vi)x) | (~inside & (vi)v_splat(other)));
 }
 
-// Turn scores into weights, exp(score - maximum), with the old result's share of the new one as result.
-INLINE float weigh(float scores[SLOTS], int count, gathered *head) {
-    int filled = (count + 15) / 16 * 16;
-    for (int i = count; i < filled; i++) scores[i] = -__builtin_inff();
-    vf top = v_splat(head->maximum);
-    for (int i = 0; i < filled; i += LANES) top = v_max(top, v_load(scores + i));
-    float largest = largest_lane(top);
-    // Nothing is there before the first block: its maximum is -inf and its share is nil.
-    float keep = head->maximum > -__builtin_inff() ? v_exp(v_splat(head->maximum - largest))[0] : 0.0f;
-    for (int i = 0; i < filled; i += LANES) v_store(scores + i, v_exp(v_load(scores + i) - largest));
-    for (int i = count; i < filled; i++) scores[i] = 0.0f;
-    f32x16 sums = splat16(0.0f);
-    for (int i = 0; i < filled; i += 16) sums = add16(sums, load16(scores + i));
-    head->maximum = largest;
-    head->sum = head->sum * keep + sum16(sums);
-    return keep;
-}
-
-// Add `count` cached tokens, at most SLOTS, from position `first` on to one head's result.
-INLINE void attend_block(int wide, words job, const void *keys, const void *values, int64_t first, int count, gathered *head) {
-    _Alignas(64) float scores[SLOTS];
-    int64_t padded = job[AT_PADDED], sinks = job[AT_SINKS], slots = job[AT_SLOTS];
-    float scale = float_word(job + AT_SCALE);
-    int64_t start = slot_of(job, first), slot = start;
-    for (int i = 0; i < count; i++) {
-        f32x16 dot = splat16(0.0f);
-        for (int64_t d = 0; d < padded; d += 16)
-            dot = fma16(cached(wide, keys, slot * padded + d), load16(head->query + d), dot);
-        scores[i] = sum16(dot) * scale;
-        slot = slot + 1 < slots ? slot + 1 : sinks;
+// Turn one row's scores into weights below its running maximum; tokens that it does not see weigh nothing.
+static void soften(float *scores, int64_t count, int64_t seen_first, int64_t seen_stop, float shift, float *top,
+                   float *sum, float *keep) {
+    vf tops = v_splat(*top);
+    for (int64_t i = 0; i < count; i += LANES) {
+        vf s = keep_lanes(v_load(scores + i) + shift, i, seen_first, seen_stop, NOTHING);
+        v_store(scores + i, s);
+        tops = v_max(s, tops);
     }
-    f32x16 keep = splat16(weigh(scores, count, head));
-    for (int64_t d = 0; d < padded; d += 16) {
-        f32x16 total = mul16(load16(head->values + d), keep);
-        slot = start;
-        for (int i = 0; i < count; i++) {
-            total = fma16(splat16(scores[i]), cached(wide, values, slot * padded + d), total);
-            slot = slot + 1 < slots ? slot + 1 : sinks;
+    float largest = largest_lane(tops);
+    f32x16 total = splat16(0.0f);
+    for (int64_t i = 0; i < count; i += 16)
+        UNROLL for (int p = 0; p < PARTS; p++) {
+            int64_t lane = i + p * LANES;
+            vf s = keep_lanes(v_exp(v_load(scores + lane) - largest), lane, seen_first, seen_stop, 0.0f);
+            v_store(scores + lane, s);
+            total.v[p] += s;
         }
-        UNROLL for (int i = 0; i < PARTS; i++) v_store(head->values + d + i * LANES, total.v[i]);
+    // Nothing is there before the first block: its maximum is -inf and its share is nil.
+    *keep = *top > NOTHING ? exp_of(*top - largest)[0] : 0.0f;
+    *top = largest;
+    *sum = *sum * *keep + sum16(total);
+}
+
+// One unit's work on one span: which tokens, which key-value heads, whether it is one of the sinks.
+typedef struct {
+    int64_t kv_first, kv_stop, first, tokens, start, stop;
+    int sinks;
+} task;
+
+// Scores to weights for all rows of a unit, in one block of positions low .. high - 1 from `block` on.
+static void weigh_rows(words job, float *area, float *result, const task *t, int64_t block, int64_t low, int64_t high,
+                       const float *shifts) {
+    int64_t rows = rows_of_tokens(job, t->tokens), all_rows = (t->kv_stop - t->kv_first) * rows, group = group_of(job);
+    float *tops = tops_of(result, all_rows, job[AT_VALUES + SD_SEEN]), *sums = tops + all_rows;
+    float *keeps = in(area, job[AT_KEEP]);
+    for (int64_t r = 0; r < all_rows; r++) {
+        int64_t position = job[AT_START] + t->first + r % rows / group;
+        int64_t seen_first = t->sinks ? low : max_of(low, oldest_of(job, position));
+        int64_t seen_stop = r % rows < t->tokens * group ? min_of(high, position + 1) : low;
+        float *scores = in(area, job[AT_SCORES]) + r * CACHED;
+        if (seen_first >= seen_stop) {
+            memset(scores, 0, CACHED * 4);
+            keeps[r] = 1.0f;
+            continue;
+        }
+        soften(scores, padded16(high - block), seen_first - block, seen_stop - block, shifts[r], tops + r, sums + r,
+               keeps + r);
     }
 }
 
-// One query head at one position over all that it may see: the sinks (through `near`), then the window.
-INLINE void attend(int wide, words job, int64_t plane, int64_t position, const float *query, const float *near, float *out) {
-    _Alignas(64) gathered head;
-    int64_t head_dim = job[AT_HEAD_DIM], sinks = job[AT_SINKS];
-    const void *keys = at(job[AT_KEYS], plane), *values = at(job[AT_VALUES], plane);
-    memset(head.query, 0, job[AT_PADDED] * 4);
-    memset(head.values, 0, job[AT_PADDED] * 4);
-    head.maximum = -__builtin_inff(), head.sum = 0.0f;
-    memcpy(head.query, near, head_dim * 4);
-    int64_t visible = min_of(sinks, position + 1);
-    for (int64_t first = 0; first < visible; first += SLOTS)
-        attend_block(wide, job, keys, values, first, (int)min_of(SLOTS, visible - first), &head);
-    memcpy(head.query, query, head_dim * 4);
-    int64_t oldest = max_of(sinks, position + 1 - (job[AT_WINDOW] - sinks));
-    for (int64_t first = oldest; first <= position; first += SLOTS)
-        attend_block(wide, job, keys, values, first, (int)min_of(SLOTS, position + 1 - first), &head);
-    float share = 1.0f / head.sum;
-    for (int64_t i = 0; i < head_dim; i++) out[i] = head.values[i] * share;
+// An empty result.
+static void clear(float *result, int64_t rows, int64_t width) {
+    memset(result, 0, rows * width * 4);
+    float *tops = tops_of(result, rows, width);
+    for (int64_t i = 0; i < rows; i++) tops[i] = NOTHING, tops[rows + i] = 0.0f;
 }
 
-// All query heads of one key-value head for one token; units count key-value heads fastest.
-INLINE void attention(int wide, words job, int64_t unit) {
-    int64_t token = unit / job[AT_KV_HEADS], kv_head = unit % job[AT_KV_HEADS];
-    int64_t group = job[AT_HEADS] / job[AT_KV_HEADS], position = job[AT_START] + token;
-    for (int64_t head = kv_head * group; head < (kv_head + 1) * group; head++) {
-        int64_t offset = (token * job[AT_HEADS] + head) * job[AT_HEAD_DIM] * 4;
-        const float *query = at(job[AT_Q], offset);
-        const float *near = position >= job[AT_WINDOW] ? at(job[AT_Q_SINK], offset) : query;
-        attend(wide, job, kv_head * plane_bytes(wide, job), position, query, near, at(job[AT_OUT], offset));
+// Attend to the positions of one span. queries: the area where rows are packed
+static void attend_span(words job, float *area, float *queries, float *result, const task *t) {
+    words keys = job + AT_KEYS, values = job + AT_VALUES;
+    int64_t heads = t->kv_stop - t->kv_first, rows = rows_of_tokens(job, t->tokens), all_rows = heads * rows;
+    int64_t key_width = keys[SD_SEEN], value_width = values[SD_SEEN];
+    int64_t key_sets = keys[SD_SHARED] ? 1 : heads, value_sets = values[SD_SHARED] ? 1 : heads;
+    int near = t->sinks && is_sliding(job);
+    const float *query = in(queries, job[near ? AT_NEAR : AT_QUERY]);
+    const float *shifts = in(queries, job[AT_SHIFT]) + (near ? all_rows : 0);
+    float *scores = in(area, job[AT_SCORES]), *keeps = in(area, job[AT_KEEP]);
+    clear(result, all_rows, value_width);
+    for (int64_t block = t->start / CACHED * CACHED; block < t->stop; block += CACHED) {
+        int64_t low = max_of(block, t->start), high = min_of(block + CACHED, t->stop), skip = low - block;
+        for (int64_t k = 0; k < key_sets; k++) {
+            int64_t r = k * rows, n = all_rows / key_sets;
+            const float *x = block_of(job, keys, area, t->kv_first + k, low, high - low) - skip * key_width;
+            dots(query + r * key_width, key_width, n, x, key_width, skip / 4 * 4, high - block, key_width,
+                 scores + r * CACHED, CACHED);
+        }
+        weigh_rows(job, area, result, t, block, low, high, shifts);
+        for (int64_t k = 0; k < value_sets; k++) {
+            int64_t r = k * rows, n = all_rows / value_sets;
+            const float *x = block_of(job, values, area, t->kv_first + k, low, high - low) - skip * value_width;
+            weigh(scores + r * CACHED, n, keeps + r, x, value_width, skip, high - block, value_width,
+                  result + r * value_width, value_width);
+        }
     }
 }
 
-KERNEL(rope_append_f16) { UNUSED; rope_append(0, at(address, 0), unit); return 0; }
-KERNEL(rope_append_f32) { UNUSED; rope_append(1, at(address, 0), unit); return 0; }
-KERNEL(attention_f16) { UNUSED; attention(0, at(address, 0), unit); return 0; }
-KERNEL(attention_f32) { UNUSED; attention(1, at(address, 0), unit); return 0; }
+// ==== Joining spans, and the end ====
+
+// Add rows start .. start + rows - 1 of a span's result to a total of the same form.
+static void join_rows(float *total, int64_t rows, float *result, int64_t result_rows, int64_t start, int64_t width) {
+    float *tops = tops_of(total, rows, width), *others = tops_of(result, result_rows, width) + start;
+    for (int64_t r = 0; r < rows; r++) {
+        float *a = total + r * width, *b = result + (start + r) * width;
+        if (others[r] == NOTHING) continue;
+        float largest = tops[r] > others[r] ? tops[r] : others[r];
+        float x = tops[r] > NOTHING ? exp_of(tops[r] - largest)[0] : 0.0f, y = exp_of(others[r] - largest)[0];
+        for (int64_t d = 0; d < width; d += LANES) v_store(a + d, v_load(a + d) * x + v_load(b + d) * y);
+        tops[r] = largest;
+        tops[rows + r] = tops[rows + r] * x + others[result_rows + r] * y;
+    }
+}
+
+// Divide by the sums of weights, decode where there is a decoder, and write the heads' outputs.
+static void finish_heads(words job, float *area, float *total, int64_t rows, int64_t kv_head, int64_t first, int64_t tokens) {
+    words values = job + AT_VALUES;
+    int64_t head_dim = job[AT_HEAD_DIM], width = values[SD_SEEN], group = group_of(job), padded = padded16(head_dim);
+    const float *sums = tops_of(total, rows, width) + rows, *decoded = total, *bias = 0;
+    for (int64_t r = 0; r < tokens * group; r++) {
+        float share = 1.0f / sums[r];
+        for (int64_t d = 0; d < width; d += LANES) v_store(total + r * width + d, v_load(total + r * width + d) * share);
+    }
+    if (values[SD_SHARED]) {
+        float *target = in(area, job[AT_FEATURES]);
+        dots(total, width, rows, at(values[SD_OUTPUT], kv_head * padded * width * 4), width, 0, padded, width, target, padded);
+        bias = at(values[SD_OUTPUT_BIAS], kv_head * padded * 4), decoded = target, width = padded;
+    }
+    for (int64_t r = 0; r < tokens * group; r++) {
+        int64_t head = (first + r / group) * job[AT_HEADS] + kv_head * group + r % group;
+        float *out = at(job[AT_OUT], head * head_dim * 4);
+        for (int64_t i = 0; i < head_dim; i++) out[i] = bias ? decoded[r * width + i] + bias[i] : decoded[r * width + i];
+    }
+}
+
+// What a tile sees besides the sinks: oldest position, end, and the number of spans with those of the sinks.
+typedef struct { int64_t oldest, end, spans, of_sinks; } sight;
+
+INLINE sight sight_of(words job, int64_t first, int64_t tokens) {
+    int64_t position = job[AT_START] + first;
+    sight s = {oldest_of(job, position), position + tokens, 0, 0};
+    s.of_sinks = s.spans = (min_of(job[AT_SINKS], s.end) + SPAN - 1) / SPAN;
+    if (s.end > s.oldest) s.spans += (s.end - 1) / SPAN - s.oldest / SPAN + 1;
+    return s;
+}
+
+// Where span number `index` lies.
+INLINE void set_span(words job, task *t, sight s, int64_t index) {
+    int64_t base = index < s.of_sinks ? index * SPAN : (s.oldest / SPAN + index - s.of_sinks) * SPAN;
+    t->sinks = index < s.of_sinks;
+    t->start = t->sinks ? base : max_of(base, s.oldest);
+    t->stop = min_of(base + SPAN, t->sinks ? min_of(job[AT_SINKS], s.end) : s.end);
+}
+
+// ==== Kernels ====
+
+// Everything for one tile of tokens and one key-value head.
+KERNEL(attend_whole) {
+    UNUSED;
+    words job = at(address, 0);
+    int64_t kv_head = unit % job[AT_KV_HEADS], first = job[AT_FIRST] + unit / job[AT_KV_HEADS] * job[AT_TILE];
+    int64_t tokens = min_of(job[AT_TILE], job[AT_N] - first), rows = rows_of_tokens(job, tokens);
+    int64_t width = job[AT_VALUES + SD_SEEN];
+    float *area = area_of(job, unit), *total = in(area, job[AT_TOTAL]), *part = in(area, job[AT_PART]);
+    pack_unit(job, area, kv_head, kv_head + 1, first, tokens);
+    clear(total, rows, width);
+    task t = {kv_head, kv_head + 1, first, tokens, 0, 0, 0};
+    sight s = sight_of(job, first, tokens);
+    for (int64_t index = 0; index < s.spans; index++) {
+        set_span(job, &t, s, index);
+        attend_span(job, area, area, part, &t);
+        join_rows(total, rows, part, rows, 0, width);
+    }
+    finish_heads(job, area, total, rows, kv_head, first, tokens);
+    return 0;
+}
+
+// First of three steps for one token: its rows.
+KERNEL(attend_pack) {
+    UNUSED;
+    words job = at(address, 0);
+    int64_t share = job[AT_KV_HEADS] / job[AT_SETS];
+    pack_unit(job, area_of(job, unit), unit * share, (unit + 1) * share, job[AT_FIRST], 1);
+    return 0;
+}
+
+// Second: units count sets of key-value heads fastest, then runs of AT_RUN spans.
+KERNEL(attend_spans) {
+    UNUSED;
+    words job = at(address, 0);
+    int64_t sets = job[AT_SETS], share = job[AT_KV_HEADS] / sets, which = unit % sets, run = unit / sets * job[AT_RUN];
+    sight s = sight_of(job, job[AT_FIRST], 1);
+    task t = {which * share, (which + 1) * share, job[AT_FIRST], 1, 0, 0, 0};
+    for (int64_t index = run; index < min_of(run + job[AT_RUN], s.spans); index++) {
+        set_span(job, &t, s, index);
+        float *part = at(job[AT_PARTS], (index * sets + which) * job[AT_PART_BYTES]);
+        attend_span(job, area_of(job, unit), area_of(job, which), part, &t);
+    }
+    return 0;
+}
+
+// Third: the spans of one key-value head together.
+KERNEL(attend_join) {
+    UNUSED;
+    words job = at(address, 0);
+    int64_t sets = job[AT_SETS], share = job[AT_KV_HEADS] / sets, rows = rows_of_tokens(job, 1);
+    int64_t width = job[AT_VALUES + SD_SEEN];
+    float *area = area_of(job, unit), *total = in(area, job[AT_TOTAL]);
+    clear(total, rows, width);
+    for (int64_t index = 0; index < job[AT_SPANS]; index++) {
+        float *part = at(job[AT_PARTS], (index * sets + unit / share) * job[AT_PART_BYTES]);
+        join_rows(total, rows, part, share * rows, unit % share * rows, width);
+    }
+    finish_heads(job, area, total, rows, unit, job[AT_FIRST], 1);
+    return 0;
+}

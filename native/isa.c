@@ -15,6 +15,7 @@ const struct named_kernel TABLE_OF(ISA)[] = {
     ENTRY(trit1_f32), ENTRY(trit2_f32), ENTRY(trit3_f32), ENTRY(trit4_f32),
     ENTRY(f32), ENTRY(f16), ENTRY(bf16), ENTRY(q8), ENTRY(nf4), ENTRY(nf4_nested),
     ENTRY(rmsnorm), ENTRY(swiglu),
-    ENTRY(rope_append_f16), ENTRY(rope_append_f32), ENTRY(attention_f16), ENTRY(attention_f32),
+    ENTRY(rope), ENTRY(append), ENTRY(rope_append),
+    ENTRY(attend_whole), ENTRY(attend_pack), ENTRY(attend_spans), ENTRY(attend_join),
     {0, 0},
 };

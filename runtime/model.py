@@ -9,13 +9,15 @@ from typing import Literal
 
 import numpy as np
 
-from formats import Tensor, TensorError, TritFile, UnsupportedError, dequantize, dequantize_rows, open_trit
+from formats import Tensor, TensorError, TritFile, dequantize, dequantize_rows, open_trit
+from formats.kv_modules import KVModule, read_kv_modules
 from formats.source import expected_tensors
 
 from .cache import KVRing
 from .config import ModelConfig
 from .errors import CacheError
 from .kernels import Kernels, get_kernels
+from .projections import Projections
 from .rope import angles, frequencies
 
 Logits = Literal["last", "all"] | None
@@ -28,7 +30,7 @@ class Cancelled(Exception):
 class Layer:
     """The weights of one transformer block, prepared for a backend."""
 
-    def __init__(self, file: TritFile, kernels: Kernels, i: int) -> None:
+    def __init__(self, file: TritFile, kernels: Kernels, i: int, modules: Sequence[KVModule] = ()) -> None:
         def matrices(*names: str) -> tuple[Sequence[Tensor], Sequence[np.ndarray | None]]:
             full = [f"layers.{i}.{name}" for name in names]
             biases = [file.tensors.get(f"{name}.bias") for name in full]
@@ -40,6 +42,8 @@ class Layer:
         self.wo = kernels.linear(*matrices("wo"))
         self.w13 = kernels.linear(*matrices("w1", "w3"))
         self.w2 = kernels.linear(*matrices("w2"))
+        own = [module for module in modules if module.layer == i]
+        self.projections = Projections(own, file, kernels) if own else None
 
 
 class RunState:
@@ -66,7 +70,8 @@ class Model:
     def __init__(self, file: TritFile, config: ModelConfig, kernels: Kernels) -> None:
         check_tensors(file, config)
         self.file, self.config, self.kernels = file, config, kernels
-        self.layers = [Layer(file, kernels, i) for i in range(config.n_layers)]
+        self.modules = tuple(read_kv_modules(file))
+        self.layers = [Layer(file, kernels, i, self.modules) for i in range(config.n_layers)]
         self.norm = dequantize(file.tensors["norm"])
         self.embeddings = file.tensors["tok_embeddings"]
         head = self.embeddings if config.tied_embeddings else file.tensors["output"]
@@ -106,7 +111,7 @@ class Model:
         Raises CacheError if the numbers do not fit together.
         """
         codec = ("f16" if self.kernels.int8 else "f32") if kv == "auto" else kv
-        return KVRing(self.config, n_ctx, min(n_batch, n_ctx), min(sinks, n_ctx - 1), codec)
+        return KVRing(self.config, n_ctx, min(n_batch, n_ctx), min(sinks, n_ctx - 1), codec, self.modules)
 
     def forward(
         self,
@@ -128,7 +133,7 @@ class Model:
             raise ValueError(f"forward needs one or more token ids, not an array of shape {tokens.shape}")
         if tokens.min() < 0 or tokens.max() >= self.config.vocab_size:
             raise ValueError(f"a token id lies outside 0..{self.config.vocab_size - 1}")
-        if cache.config != self.config:
+        if (cache.config, cache.modules) != (self.config, self.modules):
             raise CacheError("this context belongs to another model")
         with self._lock:
             if logits == "all":
@@ -167,8 +172,12 @@ class Model:
         for i, layer in enumerate(self.layers):
             ops.rmsnorm(x, layer.attention_norm, eps, xb)
             layer.wqkv(xb, (q, k, v))
-            ops.rope_append(q, q_sink, k, v, turns, cache, i)
-            ops.attention(q, q_sink, cache, i, attended)
+            if layer.projections is None:
+                ops.rope_append(q, q_sink, k, v, turns, cache, i)
+                ops.attention(q, q_sink, cache, i, attended)
+            else:
+                layer.projections.rope_append(q, q_sink, k, v, turns, cache, i)
+                ops.attention(q, q_sink, cache, i, attended, layer.projections.decoders)
             layer.wo(attended, (x,), add=True)
 
             ops.rmsnorm(x, layer.ffn_norm, eps, xb)
@@ -182,6 +191,7 @@ class Model:
         """Cosines and sines for n new tokens: at their positions, and as seen from the sinks."""
         positions = np.arange(cache.length, cache.length + n)
         window = angles(self._freqs, positions)
+        cache.note_turns(*window)
         if cache.length + n <= cache.capacity:  # nothing has slid out
             return window + window
         return window + angles(self._freqs, np.minimum(positions, cache.capacity - 1))
@@ -204,8 +214,6 @@ def check_tensors(file: TritFile, config: ModelConfig) -> None:
 
     Raises TensorError that lists all missing ones, or names the first of a wrong shape.
     """
-    if needed := file.header.get("requires"):
-        raise UnsupportedError(file.path, f"needs {', '.join(needed)}, which this version does not run")
     expected = expected_tensors(config.to_dict())
     missing = [name for name in expected if name not in file.tensors]
     if missing:

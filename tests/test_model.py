@@ -9,7 +9,6 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
-from formats import TritWriter, UnsupportedError, open_trit
 from runtime.cache import KVRing
 from runtime.errors import CacheError
 from runtime.model import Model
@@ -337,14 +336,3 @@ def test_bad_arguments_are_refused(backend: str, made: dict[str, Path]) -> None:
         other.forward([1], cache)
     with pytest.raises(ValueError, match="activations"):
         load(shared(made, "plain"), backend, "int7")
-
-
-def test_a_file_that_needs_what_this_version_lacks_is_refused(tmp_path: Path, made: dict[str, Path]) -> None:
-    with open_trit(shared(made, "plain")) as file:
-        header = {key: value for key, value in file.header.items() if key != "tensors"}
-        header |= {"requires": ["kv_modules"], "kv_modules": [{"layer": 0}]}
-        with TritWriter(tmp_path / "newer.trit", header, list(file.tensors)) as writer:
-            for t in file.tensors.values():
-                writer.add(t.name, t.codec, t.shape, t.params, t.parts)
-    with pytest.raises(UnsupportedError, match="kv_modules"):
-        Model.load(tmp_path / "newer.trit", "numpy")

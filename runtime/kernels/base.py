@@ -10,9 +10,13 @@ import numpy as np
 from formats import Tensor
 
 from ..cache import KVRing
+from ..projections import Decoder
 
 ACT_BLOCK = 80  # inputs that share one scale when activations are int8
 GROUPED = ("trit1", "trit2", "trit3", "trit4")  # codecs whose products use int8 activations when those are wanted
+
+Turns = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+Decoders = tuple[Decoder | None, Decoder | None]
 
 
 class Linear(Protocol):
@@ -45,26 +49,37 @@ class Kernels(Protocol):
     def swiglu(self, gate: np.ndarray, up: np.ndarray) -> None:
         """gate = silu(gate) * up, in place. Both (n, hidden_dim) float32"""
 
-    def rope_append(
-        self,
-        q: np.ndarray,
-        q_sink: np.ndarray,
-        k: np.ndarray,
-        v: np.ndarray,
-        turns: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray],
-        ring: KVRing,
-        layer: int,
-    ) -> None:
-        """Rotate q and k in place, fill q_sink with q rotated for the sinks, and put k and v into the ring.
+    def rope(self, q: np.ndarray, q_sink: np.ndarray, k: np.ndarray, turns: Turns, ring: KVRing) -> None:
+        """Rotate q and k in place, and fill q_sink with q rotated for the sinks if tokens have slid out of the ring.
 
-        q, q_sink: (n, n_heads * head_dim) float32; k, v: (n, n_kv_heads * head_dim) float32
+        q, q_sink: (n, n_heads * head_dim) float32; k: (n, n_kv_heads * head_dim) float32
         turns: cosine and sine for the window, cosine and sine for the sinks, each (n, head_dim / 2) float32
         """
 
-    def attention(self, q: np.ndarray, q_sink: np.ndarray, ring: KVRing, layer: int, out: np.ndarray) -> None:
+    def append(self, k: np.ndarray, v: np.ndarray, ring: KVRing, layer: int) -> None:
+        """Put n new tokens into the ring, at positions ring.length .. + n - 1, as its codecs store them.
+
+        k, v: (n, n_kv_heads * head_dim) float32, or (n, rank) codes of a learned projection
+        """
+
+    def rope_append(
+        self, q: np.ndarray, q_sink: np.ndarray, k: np.ndarray, v: np.ndarray, turns: Turns, ring: KVRing, layer: int
+    ) -> None:
+        """Do both: rope, then append."""
+
+    def attention(
+        self,
+        q: np.ndarray,
+        q_sink: np.ndarray,
+        ring: KVRing,
+        layer: int,
+        out: np.ndarray,
+        decoders: Decoders = (None, None),
+    ) -> None:
         """Softmax attention of n new tokens, at positions ring.length .. + n - 1, over what each may see.
 
         q, q_sink, out: (n, n_heads * head_dim) float32
+        decoders: of keys and of values, where the ring stores codes
         """
 
     def close(self) -> None:

@@ -27,6 +27,8 @@ import platformdirs
 log = logging.getLogger("tritllama")
 _lock = threading.RLock()
 _SIGNATURE = "void(intp, intp)"  # of every kernel: address of the arguments, number of the unit
+# How kernels and the functions that they call are compiled: without wrappers, which would need Python and Numba.
+BARE: dict[str, Any] = {"nogil": True, "error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 _CHECKSUM = 4  # bytes at the end of an object file
 
 
@@ -74,7 +76,7 @@ def _compile(module: str, function: str) -> bytes:
     from numba import njit
 
     source = getattr(importlib.import_module(f".{module}", __package__), function)
-    compiled: Any = njit(_SIGNATURE, nogil=True, error_model="numpy")(source)
+    compiled: Any = njit(_SIGNATURE, **BARE)(source)
     result = compiled.overloads[compiled.signatures[0]]
     _name, kind, (machine, _bitcode) = result.library.serialize_using_object_code()
     if kind != "object":

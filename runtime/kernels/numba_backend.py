@@ -5,7 +5,6 @@ Numba's and the native ones differ only in where the code comes from (`resolve`)
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,25 +15,16 @@ from formats import Tensor
 from ..cache import KVRing
 from ..errors import KernelDiffers
 from . import words as w
-from .base import ACT_BLOCK, GROUPED
+from .attention_jobs import AttentionJobs
+from .base import ACT_BLOCK, GROUPED, Decoders, Turns
 from .exceptions import Exceptions
+from .memory import address as _address
+from .memory import aligned as _aligned
 from .numpy_backend import NumpyLinear, quantize_activations
 from .pool import Pool, usable_cores
 
 _ROUNDING = {"float32": 0, "float16": 1, "bfloat16": 2}
 _TABLE = 32  # entries of a lookup table
-
-
-def _address(array: np.ndarray) -> int:
-    return int(array.__array_interface__["data"][0])
-
-
-def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Zeroed memory that starts at a cache line."""
-    nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    raw = np.zeros(nbytes + 64, np.uint8)
-    start = -_address(raw) % 64
-    return raw[start : start + nbytes].view(dtype).reshape(shape)
 
 
 class _Workspace:
@@ -168,8 +158,7 @@ class CompiledKernels:
         self._rmsnorm, self._swiglu = resolve("numba_layers", "rmsnorm"), resolve("numba_layers", "swiglu")
         self._norm_job = np.zeros(w.NORM_WORDS, np.int64)
         self._glu_job = np.zeros(w.GLU_WORDS, np.int64)
-        self._attention_job = np.zeros(w.AT_WORDS, np.int64)
-        self._keep: Any = None
+        self._attention = AttentionJobs(self.pool, resolve)
 
     def linear(self, tensors: Sequence[Tensor], biases: Sequence[np.ndarray | None]) -> CompiledLinear | NumpyLinear:
         try:
@@ -188,46 +177,27 @@ class CompiledKernels:
         job[:] = _address(gate), _address(up), gate.shape[1]
         self.pool.run(self._swiglu, _address(job), len(gate))
 
+    def rope(self, q: np.ndarray, q_sink: np.ndarray, k: np.ndarray, turns: Turns, ring: KVRing) -> None:
+        self._attention.rope(q, q_sink, k, turns, ring)
+
+    def append(self, k: np.ndarray, v: np.ndarray, ring: KVRing, layer: int) -> None:
+        self._attention.append(k, v, ring, layer)
+
     def rope_append(
+        self, q: np.ndarray, q_sink: np.ndarray, k: np.ndarray, v: np.ndarray, turns: Turns, ring: KVRing, layer: int
+    ) -> None:
+        self._attention.rope_append(q, q_sink, k, v, turns, ring, layer)
+
+    def attention(
         self,
         q: np.ndarray,
         q_sink: np.ndarray,
-        k: np.ndarray,
-        v: np.ndarray,
-        turns: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray],
         ring: KVRing,
         layer: int,
+        out: np.ndarray,
+        decoders: Decoders = (None, None),
     ) -> None:
-        job = self._attend_to(q, q_sink, ring, layer)
-        job[w.AT_K], job[w.AT_V] = _address(k), _address(v)
-        job[w.AT_COS : w.AT_SIN_SINK + 1] = [_address(part) for part in turns]
-        self.pool.run(self.resolve("numba_attention", f"rope_append_{ring.codec}"), _address(job), len(q))
-
-    def attention(self, q: np.ndarray, q_sink: np.ndarray, ring: KVRing, layer: int, out: np.ndarray) -> None:
-        job = self._attend_to(q, q_sink, ring, layer)
-        job[w.AT_OUT] = _address(out)
-        self.pool.run(
-            self.resolve("numba_attention", f"attention_{ring.codec}"), _address(job), len(q) * ring.config.n_kv_heads
-        )
-
-    def _attend_to(self, q: np.ndarray, q_sink: np.ndarray, ring: KVRing, layer: int) -> np.ndarray:
-        job, config = self._attention_job, ring.config
-        job[: w.AT_Q] = (
-            len(q),
-            config.n_heads,
-            config.n_kv_heads,
-            config.head_dim,
-            ring.padded,
-            ring.slots,
-            ring.sinks,
-            ring.capacity,
-            ring.length,
-        )
-        job[w.AT_Q], job[w.AT_Q_SINK] = _address(q), _address(q_sink)
-        job[w.AT_KEYS] = _address(ring.layers[layer].keys)
-        job[w.AT_VALUES] = _address(ring.layers[layer].values)
-        job[w.AT_SCALE :].view(np.float32)[0] = 1 / math.sqrt(config.head_dim)
-        return job
+        self._attention.attention(q, q_sink, ring, layer, out, decoders)
 
     def close(self) -> None:
         self.pool.close()

@@ -31,3 +31,24 @@ def exp(x):
     p = fma(p, r, splat_f32(np.float32(5.0000001201e-1)))
     p = fma(p, r * r, r) + np.float32(1.0)
     return p * simd.bits_to_f32((whole + 127) << 23)
+
+
+@njit(forceinline=True)
+def gelu(x):
+    """x Phi(x), within 1e-6; erf by Abramowitz and Stegun, 7.1.26."""
+    z = simd.absolute(x) * np.float32(0.70710678)
+    t = splat_f32(np.float32(1.0)) / fma(z, splat_f32(np.float32(0.3275911)), splat_f32(np.float32(1.0)))
+    p = fma(t, splat_f32(np.float32(1.061405429)), splat_f32(np.float32(-1.453152027)))
+    p = fma(t, p, splat_f32(np.float32(1.421413741)))
+    p = fma(t, p, splat_f32(np.float32(-0.284496736)))
+    p = fma(t, p, splat_f32(np.float32(0.254829592)))
+    tail = p * t * exp(z * z * np.float32(-1.0)) * np.float32(0.5)  # 1 - Phi(|x|)
+    zero = splat_f32(np.float32(0.0))
+    return simd.maximum(x, zero) - simd.absolute(x) * tail
+
+
+@njit(forceinline=True)
+def gelu_tanh(x):
+    """GELU with a hyperbolic tangent for erf (Hendrycks and Gimpel, 2016)."""
+    inner = fma(x * x, x * np.float32(0.044715), x) * np.float32(-1.5957691)
+    return x / (exp(simd.minimum(inner, splat_f32(np.float32(88.0)))) + np.float32(1.0))

@@ -9,7 +9,7 @@ import numpy as np
 from formats import Tensor, dequantize
 
 from ..cache import KVRing
-from .base import ACT_BLOCK, GROUPED
+from .base import ACT_BLOCK, GROUPED, Decoders, Turns
 
 
 def quantize_activations(x: np.ndarray) -> np.ndarray:
@@ -62,47 +62,69 @@ class NumpyKernels:
     def swiglu(self, gate: np.ndarray, up: np.ndarray) -> None:
         gate *= up / (1 + np.exp(np.minimum(-gate, 88)))
 
+    def rope(self, q: np.ndarray, q_sink: np.ndarray, k: np.ndarray, turns: Turns, ring: KVRing) -> None:
+        cos, sin, cos_sink, sin_sink = turns
+        q_sink[...] = rotate(q, cos_sink, sin_sink)
+        q[...] = rotate(q, cos, sin)
+        k[...] = rotate(k, cos, sin)
+
+    def append(self, k: np.ndarray, v: np.ndarray, ring: KVRing, layer: int) -> None:
+        slots = ring.slot(np.arange(ring.length, ring.length + len(k)))
+        ring.layers[layer].keys.write(slots, k)
+        ring.layers[layer].values.write(slots, v)
+
     def rope_append(
+        self, q: np.ndarray, q_sink: np.ndarray, k: np.ndarray, v: np.ndarray, turns: Turns, ring: KVRing, layer: int
+    ) -> None:
+        self.rope(q, q_sink, k, turns, ring)
+        self.append(k, v, ring, layer)
+
+    def attention(
         self,
         q: np.ndarray,
         q_sink: np.ndarray,
-        k: np.ndarray,
-        v: np.ndarray,
-        turns: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray],
         ring: KVRing,
         layer: int,
+        out: np.ndarray,
+        decoders: Decoders = (None, None),
     ) -> None:
-        cos, sin, cos_sink, sin_sink = turns
-        q_sink[...] = _rotate(q, cos_sink, sin_sink)
-        q[...] = _rotate(q, cos, sin)
-        k[...] = _rotate(k, cos, sin)
-        slots = ring.slot(np.arange(ring.length, ring.length + len(k)))
-        head_dim = ring.config.head_dim
-        for plane, new in ((ring.layers[layer].keys, k), (ring.layers[layer].values, v)):
-            plane[:, slots, :head_dim] = new.reshape(len(new), -1, head_dim).transpose(1, 0, 2)
+        config, n = ring.config, len(q)
+        shape = (n, config.n_kv_heads, -1, config.head_dim)
+        scale = 1 / np.sqrt(np.float32(config.head_dim))
+        window, near = (scale * x.reshape(shape).transpose(1, 2, 0, 3) for x in (q, q_sink))
+        # A running maximum, sum and mean of values (Milakov and Gimelshein, 2018); axes: kv head, head, token, number
+        top = np.full((*window.shape[:3], 1), -np.inf, np.float32)
+        total, mean = np.zeros_like(top), np.zeros_like(window)
+        for positions, seen in ring.blocks(n):
+            keys, values = self._block(ring, layer, positions, decoders)
+            scores = (near if positions[0] < ring.sinks else window) @ keys[:, None].swapaxes(2, 3)
+            scores = np.where(seen, scores, -np.inf)
+            before, top = top, np.maximum(top, scores.max(axis=3, keepdims=True))
+            finite = np.maximum(top, np.finfo(np.float32).min)  # a token may see nothing of a block
+            keep, weights = np.exp(before - finite), np.exp(scores - finite)
+            total = total * keep + weights.sum(axis=3, keepdims=True)
+            mean = mean * keep + weights @ values[:, None]
+        out[...] = (mean / total).transpose(2, 0, 1, 3).reshape(n, -1)
 
-    def attention(self, q: np.ndarray, q_sink: np.ndarray, ring: KVRing, layer: int, out: np.ndarray) -> None:
-        config = ring.config
-        group = config.n_heads // config.n_kv_heads
-        shape = (len(q), config.n_kv_heads, group, config.head_dim)
-        scale = np.float32(1 / np.sqrt(config.head_dim))
-        for i, (window, near, target) in enumerate(
-            zip(q.reshape(shape), q_sink.reshape(shape), out.reshape(shape), strict=True)
-        ):
-            positions = ring.visible(ring.length + i)
-            slots, n_sinks = ring.slot(positions), int((positions < ring.sinks).sum())
-            keys = ring.layers[layer].keys[:, slots, : config.head_dim].astype(np.float32)
-            values = ring.layers[layer].values[:, slots, : config.head_dim].astype(np.float32)
-            scores = window @ keys.transpose(0, 2, 1)
-            scores[:, :, :n_sinks] = near @ keys[:, :n_sinks].transpose(0, 2, 1)
-            scores = np.exp(scale * (scores - scores.max(axis=2, keepdims=True)))
-            target[...] = scores / scores.sum(axis=2, keepdims=True) @ values
+    def _block(
+        self, ring: KVRing, layer: int, positions: np.ndarray, decoders: Decoders
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Keys and values of some tokens, decoded. returns: two (n_kv_heads, n, head_dim) float32"""
+        slots = ring.slot(positions)
+        keys, values = ring.layers[layer].keys.read(slots), ring.layers[layer].values.read(slots)
+        of_keys, of_values = decoders
+        if of_keys:
+            keys = of_keys(keys[0])
+            if of_keys.rotated:
+                cos, sin = ring.turns[:, slots]
+                keys = rotate(keys.swapaxes(0, 1), cos, sin).reshape(len(slots), *keys[:, 0].shape).swapaxes(0, 1)
+        return keys, of_values(values[0]) if of_values else values
 
     def close(self) -> None:
         pass
 
 
-def _rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
+def rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
     """x: (n, heads * head_dim); cos, sin: (n, head_dim / 2). Half-split pairs, as Hugging Face orders them."""
     n, half = cos.shape
     low, high = x.reshape(n, -1, 2, half).transpose(2, 0, 1, 3)

@@ -13,13 +13,17 @@ from pathlib import Path
 import numpy as np
 
 from formats import CODECS, Tensor
+from formats.kv_modules import KVModule
 
 from ..cache import KVRing
 from ..config import ModelConfig
 from ..errors import KernelDiffers
+from ..projections import Decoder
+from ..ring_codecs import CODECS as RING_CODECS
 from ..rope import angles, frequencies
 from .numba_backend import CompiledKernels
 from .numpy_backend import NumpyKernels
+from .words import SPAN
 
 log = logging.getLogger("tritllama")
 
@@ -28,7 +32,6 @@ Resolve = Callable[[str, str], int]
 _SHAPES = [(33, 83), (19, 192)]
 _BATCHES = (1, 3, 5, 64)
 _TOLERANCE = 1e-5  # of a sum of magnitudes: float32 sums in another order
-_HALF = 2**-7  # the same where the last bit of a float32 may round to another float16 in the ring
 
 
 class Checked:
@@ -90,8 +93,13 @@ def agrees(resolve: Resolve, module: str, function: str) -> bool:
                 return _product_agrees(kernels, reference, tensor, rng)
             if function in ("rmsnorm", "swiglu"):
                 return all(_layer_agrees(function, kernels, reference, n, rng) for n in _BATCHES)
-            if function in ("rope_append_f16", "rope_append_f32", "attention_f16", "attention_f32"):
-                return _attention_agrees(kernels, reference, function[-3:], rng)
+            if module == "numba_ring":
+                return all(_ring_agrees(kernels, reference, codec, rng) for codec in RING_CODECS)
+            if module == "numba_attention":
+                deep = function != "attend_whole"
+                return all(
+                    _attention_agrees(kernels, reference, ring, deep, rng) for ring in _rings(reference, deep, rng)
+                )
             return True
     finally:
         kernels.close()
@@ -137,22 +145,73 @@ def _layer_agrees(
     return bool(np.allclose(got, expected, rtol=_TOLERANCE, atol=_TOLERANCE))
 
 
-def _attention_agrees(kernels: CompiledKernels, reference: NumpyKernels, codec: str, rng: np.random.Generator) -> bool:
-    """Grouped heads of an odd width, with sinks, until the ring has gone round."""
-    config = ModelConfig(24, 24, 1, 4, 2, 6, 8, 64, 1e-5, 1e4)
-    rings, freqs = [KVRing(config, 40, 64, 3, codec) for _ in range(2)], frequencies(config)
+_CONFIG = ModelConfig(24, 24, 1, 4, 2, 6, 8, 64, 1e-5, 1e4)  # grouped heads of an odd width
+_MODULES = (KVModule(0, "k", 3, 5, "gelu", "before"), KVModule(0, "v", 4))
+
+
+def _ring_agrees(kernels: CompiledKernels, reference: NumpyKernels, codec: str, rng: np.random.Generator) -> bool:
+    """Append with sinks until the ring has gone round: queries within rounding, and what is stored."""
+    rings, freqs = [KVRing(_CONFIG, 40, 64, 3, codec) for _ in range(2)], frequencies(_CONFIG)
     for n in (*_BATCHES, 3):
         q, k, v = (rng.standard_normal((n, heads * 6)).astype(np.float32) for heads in (4, 2, 2))
         positions = np.arange(rings[0].length, rings[0].length + n)
         turns = angles(freqs, positions) + angles(freqs, np.minimum(positions, rings[0].capacity - 1))
-        outs = []
+        seen = []
         backends: tuple[CompiledKernels | NumpyKernels, ...] = (kernels, reference)
         for backend, ring in zip(backends, rings, strict=True):
-            mine, near, out = q.copy(), np.zeros_like(q), np.zeros_like(q)
-            backend.rope_append(mine, near, k.copy(), v.copy(), turns, ring, 0)
-            backend.attention(mine, near, ring, 0, out)
+            mine, near = q.copy(), np.zeros_like(q)
+            backend.rope_append(mine, near, k.copy(), v, turns, ring, 0)
+            planes, slots = (ring.layers[0].keys, ring.layers[0].values), ring.slot(positions)
             ring.advance(n)
-            outs.append(out)
-        if not np.allclose(outs[0], outs[1], rtol=0, atol=_TOLERANCE if codec == "f32" else _HALF):
+            seen.append((mine, near if ring.length > 40 else mine, *(plane.read(slots) for plane in planes)))
+            backend.rope(mine, near, k.copy(), turns, ring)
+            backend.append(k, v, ring, 0)
+            seen[-1] += (mine, *(plane.read(ring.slot(positions + n)) for plane in planes))
+        steps = {"f32": _TOLERANCE, "f16": 2**-9, "q8": 0.1, "q4": 0.6}  # one step of a code where rounding differs
+        if not all(np.allclose(a, b, rtol=0, atol=steps[codec]) for a, b in zip(*seen, strict=True)):
+            return False
+    return True
+
+
+def _rings(reference: NumpyKernels, deep: bool, rng: np.random.Generator) -> Iterator[KVRing]:
+    """Rings of every codec, and one with learned projections, that have gone round; deep: with several spans."""
+    capacity = 2 * SPAN + 90 if deep else 70
+    for codec, modules in (*((codec, ()) for codec in RING_CODECS), ("q8", _MODULES)):
+        ring = KVRing(_CONFIG, capacity, 64, 3, codec, modules)
+        planes = (ring.layers[0].keys, ring.layers[0].values)
+        while ring.length < capacity + 100:
+            k, v = (rng.standard_normal((64, plane.heads * plane.width)).astype(np.float32) for plane in planes)
+            ring.note_turns(*angles(frequencies(_CONFIG), np.arange(ring.length, ring.length + 64)))
+            reference.append(k, v, ring, 0)
+            ring.advance(64)
+        yield ring
+
+
+def _decoders(ring: KVRing, rng: np.random.Generator) -> tuple[Decoder | None, Decoder | None]:
+    if not ring.modules:
+        return None, None
+
+    def some(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape).astype(np.float32) / 2
+
+    return (
+        Decoder(some(5, 3), some(5), "gelu", some(2, 6, 5), some(2, 6), True),
+        Decoder(None, None, None, some(2, 6, 4), some(2, 6), False),
+    )
+
+
+def _attention_agrees(
+    kernels: CompiledKernels, reference: NumpyKernels, ring: KVRing, deep: bool, rng: np.random.Generator
+) -> bool:
+    """The last tokens of a ring look back at it: some at once, or one whose spans are cut."""
+    decoders = _decoders(ring, rng)
+    end = ring.length
+    for n in (1,) if deep else _BATCHES:
+        ring.length = end - n
+        q, near = rng.standard_normal((2, n, 24)).astype(np.float32)
+        got, expected = np.full_like(q, np.nan), np.empty_like(q)
+        kernels.attention(q, near, ring, 0, got, decoders)
+        reference.attention(q, near, ring, 0, expected, decoders)
+        if not np.allclose(got, expected, rtol=0, atol=10 * _TOLERANCE):
             return False
     return True

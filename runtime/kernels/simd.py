@@ -18,6 +18,7 @@ from .simd_cpu import read_f16 as read_f16
 from .simd_cpu import round_bf16 as round_bf16
 from .simd_cpu import round_f16 as round_f16
 from .simd_cpu import store_f32_as_f16 as store_f32_as_f16
+from .simd_cpu import write_f16 as write_f16
 from .vectors import (
     F32X16,
     FLOAT,

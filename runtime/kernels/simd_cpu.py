@@ -139,6 +139,12 @@ def read_f16(b: ir.IRBuilder, base: ir.Value, offset: ir.Value) -> ir.Value:
     return b.extract_element(_f16_bits_to_f32(b, one), ir.Constant(I32, 0))
 
 
+@operation(types.void, types.intp, types.intp, types.float32)
+def write_f16(b: ir.IRBuilder, base: ir.Value, offset: ir.Value, value: ir.Value) -> None:
+    bits = _f32_to_f16_bits(b, splat(b, value, LANES))
+    store(b, base, offset, b.extract_element(bits, ir.Constant(I32, 0)))
+
+
 @operation(types.void, types.intp, types.intp, f32x16)
 def store_f32_as_f16(b: ir.IRBuilder, base: ir.Value, offset: ir.Value, value: ir.Value) -> None:
     store(b, base, offset, _f32_to_f16_bits(b, value))

@@ -6,6 +6,7 @@ Kept apart from the kernels so that the backend can fill jobs without importing 
 from __future__ import annotations
 
 UNIT_ROWS = 64  # rows of a matrix that a pool unit computes
+CACHED, SPAN = 32, 512  # cached tokens that attention takes at a time, and that it sums before it joins sums
 
 # A matrix product (numba_jobs.py): these, then MATRIX words for each matrix.
 N, WIDTH, X, X_STRIDE, PADDED, PADDED_STRIDE, QUANTS, SUMS, SCALES, INT8, ADD, MATRICES, HEAD = range(13)
@@ -15,10 +16,20 @@ FIRST, OUT, OUT_STRIDE, OUTPUTS, DATA, TABLE, AUX, AUX2, AUX3, BLOCK_SHIFT, BIAS
 NORM_X, NORM_GAIN, NORM_OUT, NORM_DIM, NORM_EPS, NORM_WORDS = range(6)
 GLU_GATE, GLU_UP, GLU_DIM, GLU_WORDS = range(4)
 
-# RoPE and attention (numba_attention.py); AT_SCALE holds a float32.
-AT_N, AT_HEADS, AT_KV_HEADS, AT_HEAD_DIM, AT_PADDED, AT_SLOTS, AT_SINKS, AT_WINDOW, AT_START = range(9)
-AT_Q, AT_Q_SINK, AT_K, AT_V, AT_COS, AT_SIN, AT_COS_SINK, AT_SIN_SINK = range(9, 17)
-AT_KEYS, AT_VALUES, AT_OUT, AT_SCALE, AT_WORDS = range(17, 22)
+# RoPE and attention (numba_ring.py, numba_attention.py); AT_SCALE holds a float32.
+AT_N, AT_HEADS, AT_KV_HEADS, AT_HEAD_DIM, AT_SLOTS, AT_SINKS, AT_WINDOW, AT_START, AT_SCALE = range(9)
+AT_Q, AT_Q_SINK, AT_K, AT_V, AT_COS, AT_SIN, AT_COS_SINK, AT_SIN_SINK, AT_OUT = range(9, 18)
+# How the work is cut: units take AT_TILE tokens from AT_FIRST on and one of AT_SETS equal sets of key-value heads. If
+# the spans of a token are cut too, AT_PARTS is where their results go, AT_PART_BYTES each, AT_RUN spans to a unit.
+AT_FIRST, AT_TILE, AT_SETS, AT_SPANS, AT_RUN, AT_PARTS, AT_PART_BYTES = range(18, 25)
+# A unit's scratch: AT_AREA + unit * AT_AREA_BYTES, and in it from these offsets on
+AT_AREA, AT_AREA_BYTES, AT_QUERY, AT_NEAR, AT_SHIFT, AT_TOTAL, AT_PART, AT_SCORES, AT_KEEP = range(25, 34)
+AT_BLOCK, AT_CODES, AT_FEATURES = range(34, 37)
+# Two sides: how the ring stores them, and how codes are decoded (see attention_jobs.py)
+AT_KEYS, AT_VALUES, AT_WORDS = 40, 60, 80
+SD_CODEC, SD_HEADS, SD_WIDTH, SD_PADDED, SD_GROUP, SD_CODE_BYTES, SD_SCALE_BYTES, SD_DATA, SD_SCALES = range(9)
+SD_FEATURES, SD_HIDDEN, SD_HIDDEN_BIAS, SD_ACTIVATION, SD_OUTPUT, SD_OUTPUT_BIAS = range(9, 15)
+SD_COS, SD_SIN, SD_SEEN, SD_SHARED = range(15, 19)
 
 # The pool's shared state (numba_pool.py), one cache line apart so that the threads do not fight over them.
 CLAIM, DONE, STARTED, PARKED = 0, 8, 16, 17
@@ -32,5 +43,6 @@ KERNELS = {
     "numba_trits": tuple(f"trit{depth}_{mode}" for mode in ("int8", "f32") for depth in (1, 2, 3, 4)),
     "numba_dense": ("f32", "f16", "bf16", "q8", "nf4", "nf4_nested"),
     "numba_layers": ("rmsnorm", "swiglu"),
-    "numba_attention": ("rope_append_f16", "rope_append_f32", "attention_f16", "attention_f32"),
+    "numba_ring": ("rope", "append", "rope_append"),
+    "numba_attention": ("attend_whole", "attend_pack", "attend_spans", "attend_join"),
 }

@@ -1,0 +1,230 @@
+"""RoPE and attention for the compiled backend: what the kernels are told, and how the work is cut into units."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+from ..cache import KVRing
+from ..projections import Decoder
+from ..ring_codecs import CODECS, Plane
+from . import words as w
+from .base import Decoders, Turns
+from .memory import address, aligned
+from .pool import Pool
+
+ROWS = 64  # query heads times tokens in one unit, at most, unless one token has more
+TILES = 4  # tiles of tokens in one job: what is more would only take memory
+UNITS_PER_THREAD = 4  # for the threads to end together
+
+
+def _fours(n: int) -> int:
+    return -(-n // 4) * 4
+
+
+def _padded(array: np.ndarray, *shape: int) -> np.ndarray:
+    """A copy in aligned memory, filled up with zeros to a shape."""
+    out = aligned(shape, np.float32)
+    out[tuple(slice(n) for n in array.shape)] = array
+    return out
+
+
+@dataclass
+class _Side:
+    """The words of one side of one layer, and the arrays that they point to."""
+
+    words: np.ndarray
+    keep: list[np.ndarray]
+
+    @property
+    def shared(self) -> bool:
+        return bool(self.words[w.SD_SHARED])
+
+    def __getitem__(self, word: int) -> int:
+        return int(self.words[word])
+
+
+def _describe(plane: Plane, decoder: Decoder | None, ring: KVRing, is_keys: bool) -> _Side:
+    """Describe a side. Features are what a decoder's last matrix is multiplied with; SD_SEEN wide is what scores are
+    made with or values summed of: vectors as they are stored, features (shared by all heads), or rotated keys."""
+    head_dim = -(-ring.config.head_dim // 16) * 16
+    side = _Side(np.zeros(w.AT_WORDS - w.AT_VALUES, np.int64), list(plane.arrays))
+
+    def pin(array: np.ndarray) -> int:
+        side.keep.append(array)
+        return address(array)
+
+    words = side.words
+    words[w.SD_CODEC], words[w.SD_HEADS], words[w.SD_WIDTH] = CODECS.index(plane.codec), plane.heads, plane.width
+    words[w.SD_PADDED], words[w.SD_GROUP] = plane.padded, plane.group
+    words[w.SD_CODE_BYTES] = plane.codes.strides[1]
+    words[w.SD_SCALE_BYTES] = plane.scales.strides[1] if plane.scales.size else 0
+    words[w.SD_DATA], words[w.SD_SCALES] = address(plane.codes), address(plane.scales)
+    words[w.SD_SEEN] = words[w.SD_FEATURES] = plane.padded
+    if decoder is None:
+        return side
+    heads = len(decoder.output)
+    features = plane.padded
+    if decoder.hidden is not None and decoder.hidden_bias is not None:
+        features = -(-len(decoder.hidden) // 16) * 16
+        words[w.SD_HIDDEN] = pin(_padded(decoder.hidden, features, plane.padded))
+        words[w.SD_HIDDEN_BIAS] = pin(_padded(decoder.hidden_bias, features))
+        words[w.SD_ACTIVATION] = ("gelu", "gelu_tanh").index(str(decoder.activation))
+    words[w.SD_FEATURES] = features
+    words[w.SD_SHARED], words[w.SD_SEEN] = not decoder.rotated, head_dim if decoder.rotated else features
+    if is_keys and not decoder.rotated:
+        output = _padded(decoder.output.transpose(0, 2, 1), heads, features, head_dim)
+    else:
+        output = _padded(decoder.output, heads, head_dim, features)
+    words[w.SD_OUTPUT], words[w.SD_OUTPUT_BIAS] = pin(output), pin(_padded(decoder.output_bias, heads, head_dim))
+    if decoder.rotated:
+        words[w.SD_COS], words[w.SD_SIN] = address(ring.turns[0]), address(ring.turns[1])
+        side.keep.append(ring.turns)
+    return side
+
+
+class _LayerJob:
+    """The words of one layer of one ring. Its sides are described when they are first attended to."""
+
+    def __init__(self, ring: KVRing, layer: int, decoders: Decoders) -> None:
+        config, planes = ring.config, ring.layers[layer]
+        self.keys = _describe(planes.keys, decoders[0], ring, True)
+        self.values = _describe(planes.values, decoders[1], ring, False)
+        self.words = np.zeros(w.AT_WORDS, np.int64)
+        self.words[w.AT_HEADS], self.words[w.AT_KV_HEADS] = config.n_heads, config.n_kv_heads
+        self.words[w.AT_HEAD_DIM], self.words[w.AT_SLOTS] = config.head_dim, ring.slots
+        self.words[w.AT_WINDOW] = ring.capacity
+        self.words[w.AT_SCALE :].view(np.float32)[0] = 1 / math.sqrt(config.head_dim)
+        self.words[w.AT_KEYS : w.AT_VALUES] = self.keys.words
+        self.words[w.AT_VALUES :] = self.values.words
+        self.decoders = decoders
+        self.group = config.n_heads // config.n_kv_heads
+        self.base = address(self.words)
+
+    def area(self, rows: int, sets: int) -> int:
+        """Lay out the scratch of a unit of `rows` rows for each of its key-value heads; returns its bytes."""
+        all_rows = rows * (int(self.words[w.AT_KV_HEADS]) // sets)
+        seen = max(self.keys[w.SD_SEEN], self.values[w.SD_SEEN])
+        query, result = all_rows * self.keys[w.SD_SEEN], all_rows * (self.values[w.SD_SEEN] + 2)
+        head_dim = -(-int(self.words[w.AT_HEAD_DIM]) // 16) * 16
+        features = max(self.keys[w.SD_FEATURES], self.values[w.SD_FEATURES])
+        sizes = {
+            w.AT_QUERY: query,
+            w.AT_NEAR: query,
+            w.AT_SHIFT: 2 * all_rows,
+            w.AT_TOTAL: result,
+            w.AT_PART: result,
+            w.AT_SCORES: all_rows * w.CACHED,
+            w.AT_KEEP: all_rows,
+            w.AT_CODES: w.CACHED * max(self.keys[w.SD_PADDED], self.values[w.SD_PADDED]),
+            w.AT_FEATURES: max(w.CACHED * features, rows * head_dim),
+            w.AT_BLOCK: (w.CACHED + 4) * seen,
+        }
+        at = 0
+        for word, size in sizes.items():
+            # Blocks that begin in the middle of four rows are read from a little before their first row on.
+            self.words[word] = at + (16 * seen if word == w.AT_BLOCK else 0)
+            at += -(-size // 16) * 64
+        self.words[w.AT_AREA_BYTES] = at
+        return at
+
+
+class AttentionJobs:
+    """Fills jobs and runs them; holds the scratch that units work in."""
+
+    def __init__(self, pool: Pool, resolve: Callable[[str, str], int]) -> None:
+        """resolve: gives the address of a kernel by module and function (words.KERNELS)"""
+        self._pool = pool
+        self._rings: WeakKeyDictionary[KVRing, dict[int, _LayerJob]] = WeakKeyDictionary()
+        self._areas, self._parts = aligned((0,), np.uint8), aligned((0,), np.uint8)
+        self._kernel = {name: resolve("numba_ring", name) for name in w.KERNELS["numba_ring"]}
+        self._kernel |= {name: resolve("numba_attention", name) for name in w.KERNELS["numba_attention"]}
+
+    def rope(self, q: np.ndarray, q_sink: np.ndarray, k: np.ndarray, turns: Turns, ring: KVRing) -> None:
+        job = self._job(ring, 0, None, len(q))
+        self._set_turns(job, q, q_sink, k, turns)
+        self._pool.run(self._kernel["rope"], job.base, len(q))
+
+    def append(self, k: np.ndarray, v: np.ndarray, ring: KVRing, layer: int) -> None:
+        job = self._job(ring, layer, None, len(k))
+        job.words[w.AT_K], job.words[w.AT_V] = address(k), address(v)
+        self._pool.run(self._kernel["append"], job.base, len(k))
+
+    def rope_append(
+        self, q: np.ndarray, q_sink: np.ndarray, k: np.ndarray, v: np.ndarray, turns: Turns, ring: KVRing, layer: int
+    ) -> None:
+        job = self._job(ring, layer, None, len(q))
+        self._set_turns(job, q, q_sink, k, turns)
+        job.words[w.AT_V] = address(v)
+        self._pool.run(self._kernel["rope_append"], job.base, len(q))
+
+    def attention(
+        self, q: np.ndarray, q_sink: np.ndarray, ring: KVRing, layer: int, out: np.ndarray, decoders: Decoders
+    ) -> None:
+        n, config = len(q), ring.config
+        job = self._job(ring, layer, decoders, n)
+        job.words[w.AT_Q], job.words[w.AT_Q_SINK], job.words[w.AT_OUT] = address(q), address(q_sink), address(out)
+        if n == 1 and self._is_deep(ring, job):
+            self._cut(job, ring)
+            return
+        tile = max(1, min(n, ROWS // job.group))
+        job.words[w.AT_TILE], job.words[w.AT_SETS] = tile, config.n_kv_heads
+        units = min(TILES, -(-n // tile)) * config.n_kv_heads
+        self._reserve_areas(job, _fours(tile * job.group), config.n_kv_heads, units)
+        for first in range(0, n, TILES * tile):
+            job.words[w.AT_FIRST] = first
+            tiles = min(TILES, -(-(n - first) // tile))
+            self._pool.run(self._kernel["attend_whole"], job.base, tiles * config.n_kv_heads)
+
+    def _is_deep(self, ring: KVRing, job: _LayerJob) -> bool:
+        """Whether the spans of one token are worth cutting: where heads share codes, or are too few for the threads."""
+        depth = min(ring.length + 1, ring.capacity)
+        few = ring.config.n_kv_heads < UNITS_PER_THREAD * self._pool.n_threads
+        return depth > 2 * w.SPAN and (few or job.keys.shared or job.values.shared)
+
+    def _cut(self, job: _LayerJob, ring: KVRing) -> None:
+        """Attend with one token, its spans cut into runs."""
+        kv_heads, words, end = ring.config.n_kv_heads, job.words, ring.length + 1
+        sets = 1 if job.keys.shared or job.values.shared else kv_heads
+        oldest = max(ring.sinks, end - (ring.capacity - ring.sinks))
+        spans = -(-min(ring.sinks, end) // w.SPAN)
+        if end > oldest:
+            spans += (end - 1) // w.SPAN - oldest // w.SPAN + 1
+        runs = min(spans, -(-UNITS_PER_THREAD * self._pool.n_threads // sets))
+        words[w.AT_RUN], words[w.AT_SPANS], words[w.AT_SETS] = -(-spans // runs), spans, sets
+        words[w.AT_FIRST], words[w.AT_TILE] = 0, 1
+        rows = _fours(job.group)
+        self._reserve_areas(job, rows, sets, max(runs * sets, kv_heads))
+        part = -(-rows * (kv_heads // sets) * (job.values[w.SD_SEEN] + 2) // 16) * 64
+        if part * spans * sets > self._parts.nbytes:
+            self._parts = aligned((part * spans * sets,), np.uint8)
+        words[w.AT_PARTS], words[w.AT_PART_BYTES] = address(self._parts), part
+        self._pool.run(self._kernel["attend_pack"], job.base, sets)
+        self._pool.run(self._kernel["attend_spans"], job.base, -(-spans // int(words[w.AT_RUN])) * sets)
+        self._pool.run(self._kernel["attend_join"], job.base, kv_heads)
+
+    def _reserve_areas(self, job: _LayerJob, rows: int, sets: int, units: int) -> None:
+        nbytes = job.area(rows, sets) * units
+        if nbytes > self._areas.nbytes:
+            self._areas = aligned((nbytes,), np.uint8)
+        job.words[w.AT_AREA] = address(self._areas)
+
+    def _job(self, ring: KVRing, layer: int, decoders: Decoders | None, n: int) -> _LayerJob:
+        """The job of a layer, told how far the ring has come. decoders: None where only appending is wanted"""
+        jobs = self._rings.setdefault(ring, {})
+        job = jobs.get(layer)
+        if job is None or (decoders is not None and job.decoders != decoders):
+            job = jobs[layer] = _LayerJob(ring, layer, decoders or (None, None))
+        words = job.words
+        words[w.AT_N], words[w.AT_SINKS], words[w.AT_START] = n, ring.sinks, ring.length
+        return job
+
+    @staticmethod
+    def _set_turns(job: _LayerJob, q: np.ndarray, q_sink: np.ndarray, k: np.ndarray, turns: Turns) -> None:
+        words = job.words
+        words[w.AT_Q], words[w.AT_Q_SINK], words[w.AT_K] = address(q), address(q_sink), address(k)
+        words[w.AT_COS : w.AT_SIN_SINK + 1] = [address(part) for part in turns]

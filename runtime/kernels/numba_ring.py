@@ -1,0 +1,195 @@
+"""RoPE, and the ring's codecs: numbers put into it and read back. `ring_codecs` is the definition."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from . import simd
+from . import words as w
+from .compiling import BARE
+from .numba_math import word
+from .simd import fma, load_f32, read_f32, splat_f32, store_f32
+from .simd_tiles import prefetch, quotient
+from .words import CACHED
+
+F32, F16, Q8, Q4 = range(4)
+LARGEST = np.float32(65504.0)  # of float16
+CHUNK = 64  # numbers that are encoded at a time: a whole number of groups of every codec
+
+# ==== RoPE (Su et al., 2021) ====
+
+
+@njit(**BARE)
+def rotate(source, target, cos, sin, head_dim):
+    """Half-split rotation, as Hugging Face orders the rows: (a, b) -> (a cos - b sin, b cos + a sin)."""
+    half = head_dim // 2
+    whole = half // 16 * 16
+    far = half * 4
+    for i in range(0, whole * 4, 64):
+        a, b, c, s = load_f32(source, i), load_f32(source, far + i), load_f32(cos, i), load_f32(sin, i)
+        store_f32(target, i, a * c - b * s)
+        store_f32(target, far + i, b * c + a * s)
+    for i in range(whole * 4, half * 4, 4):
+        x, y, c1, s1 = read_f32(source, i), read_f32(source, far + i), read_f32(cos, i), read_f32(sin, i)
+        simd.write_f32(target, i, x * c1 - y * s1)
+        simd.write_f32(target, far + i, y * c1 + x * s1)
+
+
+def rope(job, token):
+    """Rotate one token's queries and keys in place.
+
+    Once tokens have slid out, the queries are also rotated for a position that is nearer by as many tokens: with
+    these the sinks are read, so that they stay as close as they would be in a context without the lost tokens."""
+    heads, kv_heads, head_dim = word(job, w.AT_HEADS), word(job, w.AT_KV_HEADS), word(job, w.AT_HEAD_DIM)
+    row, turn = head_dim * 4, head_dim * 2 * token
+    cos, sin = word(job, w.AT_COS) + turn, word(job, w.AT_SIN) + turn
+    near_cos, near_sin = word(job, w.AT_COS_SINK) + turn, word(job, w.AT_SIN_SINK) + turn
+    sliding = word(job, w.AT_START) + word(job, w.AT_N) > word(job, w.AT_WINDOW)
+    for head in range(token * heads, (token + 1) * heads):
+        q = word(job, w.AT_Q) + head * row
+        if sliding:
+            rotate(q, word(job, w.AT_Q_SINK) + head * row, near_cos, near_sin, head_dim)
+        rotate(q, q, cos, sin, head_dim)
+    for head in range(token * kv_heads, (token + 1) * kv_heads):
+        k = word(job, w.AT_K) + head * row
+        rotate(k, k, cos, sin, head_dim)
+
+
+# ==== Encoding ====
+
+
+@njit(forceinline=True)
+def slot_of(job, position):
+    """The ring slot of a position: sinks keep theirs, the others go round."""
+    sinks = word(job, w.AT_SINKS)
+    return position if position < sinks else sinks + (position - sinks) % (word(job, w.AT_SLOTS) - sinks)
+
+
+@njit(forceinline=True)
+def _round_f16(x):
+    return simd.first_lane(simd.round_f16(splat_f32(x)))
+
+
+@njit(forceinline=True)
+def _group_q8(x, size, codes, scale_at):
+    top = simd.absolute(load_f32(x, 0))
+    for i in range(64, size * 4, 64):
+        top = simd.maximum(top, simd.absolute(load_f32(x, i)))
+    scale = _round_f16(min(simd.max_lanes(top) / np.float32(127.0), LARGEST))
+    simd.write_f16(scale_at, 0, scale)
+    for i in range(0, size, 16):
+        q = simd.round_to_i32(_limited(quotient(load_f32(x, i * 4), splat_f32(scale)), 127.0))
+        simd.store_i32_as_i8(codes, i, q)
+
+
+@njit(forceinline=True)
+def _limited(x, largest):
+    top = splat_f32(np.float32(largest))
+    return simd.maximum(top * np.float32(-1.0), simd.minimum(top, x))  # in this order NaN stays NaN
+
+
+@njit(forceinline=True)
+def _group_q4(x, codes, scale_at):
+    a, b = load_f32(x, 0), load_f32(x, 64)
+    high = simd.max_lanes(simd.maximum(a, b))
+    low = -simd.max_lanes(simd.maximum(a * np.float32(-1.0), b * np.float32(-1.0)))
+    scale = _round_f16(min((high - low) / np.float32(15.0), LARGEST))
+    base = _round_f16(max(min(low, LARGEST), -LARGEST))
+    simd.write_f16(scale_at, 0, scale)
+    simd.write_f16(scale_at, 2, base)
+    q = _code_q4(a, base, scale) | (_code_q4(b, base, scale) << 4)
+    simd.store_i32_as_i8(codes, 0, q)
+
+
+@njit(forceinline=True)
+def _code_q4(x, base, scale):
+    code = quotient(x - splat_f32(base), splat_f32(scale))
+    code = simd.maximum(simd.minimum(code, splat_f32(np.float32(15.0))), splat_f32(np.float32(0.0)))
+    return simd.round_to_i32(code)
+
+
+@njit(**BARE)
+def _encode(side, slots, head, slot, source, scratch):
+    """Store one vector, its last group filled with zeros."""
+    codec, width, padded, size = (
+        word(side, w.SD_CODEC),
+        word(side, w.SD_WIDTH),
+        word(side, w.SD_PADDED),
+        word(side, w.SD_GROUP),
+    )
+    codes = word(side, w.SD_DATA) + (head * slots + slot) * word(side, w.SD_CODE_BYTES)
+    scales = word(side, w.SD_SCALES) + (head * slots + slot) * word(side, w.SD_SCALE_BYTES)
+    for start in range(0, padded, CHUNK):
+        count = min(CHUNK, padded - start)
+        for i in range(count):
+            x = read_f32(source, (start + i) * 4) if start + i < width else np.float32(0.0)
+            simd.write_f32(scratch, i * 4, x)
+        for g in range(count // size):  # a step that is no constant would bring in Numba's run time
+            x, at = scratch + g * size * 4, start + g * size
+            if codec == F32:
+                store_f32(codes, at * 4, load_f32(x, 0))
+            elif codec == F16:
+                simd.store_f32_as_f16(codes, at * 2, _limited(load_f32(x, 0), LARGEST))
+            elif codec == Q8:
+                _group_q8(x, size, codes + at, scales + at // size * 2)
+            else:
+                _group_q4(x, codes + at // 2, scales + at // size * 4)
+
+
+def append(job, token):
+    """Put one token's keys and values, or their codes, into the ring."""
+    slots = word(job, w.AT_SLOTS)
+    slot = slot_of(job, word(job, w.AT_START) + token)
+    scratch = simd.scratch_32k()
+    for which in range(2):
+        side = job + (w.AT_VALUES if which else w.AT_KEYS) * 8
+        source, heads, row = word(job, w.AT_V if which else w.AT_K), word(side, w.SD_HEADS), word(side, w.SD_WIDTH) * 4
+        for head in range(heads):
+            _encode(side, slots, head, slot, source + (token * heads + head) * row, scratch)
+
+
+_rope, _append = njit(**BARE)(rope), njit(**BARE)(append)
+
+
+def rope_append(job, token):
+    """Rotate one token's queries and keys, then put keys and values into the ring."""
+    _rope(job, token)
+    _append(job, token)
+
+
+# ==== Decoding ====
+
+
+@njit(**BARE)
+def expand(job, side, head, position, count, target):
+    """Read the vectors of `count` tokens from a position on: rows of SD_PADDED float32."""
+    codec, padded, size = word(side, w.SD_CODEC), word(side, w.SD_PADDED), word(side, w.SD_GROUP)
+    slots, sinks = word(job, w.AT_SLOTS), word(job, w.AT_SINKS)
+    code_bytes, scale_bytes = word(side, w.SD_CODE_BYTES), word(side, w.SD_SCALE_BYTES)
+    data = word(side, w.SD_DATA) + head * slots * code_bytes
+    scale_data = word(side, w.SD_SCALES) + head * slots * scale_bytes
+    slot = slot_of(job, position)
+    for k in range(count):
+        codes, scales, row = data + slot * code_bytes, scale_data + slot * scale_bytes, target + k * padded * 4
+        for i in range(0, code_bytes, 64):
+            prefetch(codes, CACHED * code_bytes + i)
+        if codec == F16:
+            for i in range(0, padded, 16):
+                store_f32(row, i * 4, simd.load_f16_as_f32(codes, i * 2))
+        elif codec == Q8:
+            for g in range(padded // size):
+                scale = simd.read_f16(scales, g * 2)
+                for i in range(g * size, (g + 1) * size, 16):
+                    store_f32(row, i * 4, simd.load_i8_as_f32(codes, i) * splat_f32(scale))
+        elif codec == Q4:
+            for start in range(0, padded, 32):
+                scale = splat_f32(simd.read_f16(scales, start // 8))
+                base = splat_f32(simd.read_f16(scales, start // 8 + 2))
+                q = simd.load_u8_as_i32(codes, start // 2)
+                store_f32(row, start * 4, fma(simd.to_f32(q & 15), scale, base))
+                store_f32(row, start * 4 + 64, fma(simd.to_f32(q >> 4), scale, base))
+        else:
+            for i in range(0, padded, 16):
+                store_f32(row, i * 4, load_f32(codes, i * 4))
+        slot = slot + 1 if slot + 1 < slots else sinks

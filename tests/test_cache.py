@@ -1,0 +1,196 @@
+"""The KV ring against a list: what was appended is there, to the bit or the codec's bound, until it slides out."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from formats.kv_modules import KVModule
+from runtime.cache import STATE_MAGIC, KVRing
+from runtime.config import ModelConfig
+from runtime.errors import CacheError
+from runtime.kernels.numpy_backend import NumpyKernels
+from runtime.ring_codecs import CODECS, Plane
+from runtime.rope import angles, frequencies
+
+CONFIG = ModelConfig(
+    dim=8, hidden_dim=8, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=6, vocab_size=9, max_seq_len=512,
+    norm_eps=1e-5, rope_theta=10000.0,
+)  # fmt: skip
+MODULES = (KVModule(0, "v", 5), KVModule(1, "k", 3, rope="before"))
+KINDS: dict[str, dict[str, Any]] = {
+    **{codec: {"codec": codec} for codec in CODECS},
+    "k=q8,v=q4": {"codec": "k=q8,v=q4"},
+    "learned f16": {"codec": "f16", "modules": MODULES},
+    "learned q8": {"codec": "q8", "modules": MODULES},
+}
+# Of a group's largest number (q4: of its range): half a step, and float16's rounding of scale and base
+BOUND = {"f32": 0.0, "f16": 2.0**-11, "q8": 0.5 / 127 + 2.0**-11, "q4": 0.5 / 15 + 2.0**-10}
+KERNELS = NumpyKernels()
+
+
+class Listed:
+    """A ring and, beside it, the list of all that was appended: the oracle."""
+
+    def __init__(self, capacity: int, sinks: int, chunk: int, kind: str) -> None:
+        self.ring = KVRing(CONFIG, capacity, chunk, sinks, **KINDS[kind])
+        self.tokens: list[list[np.ndarray]] = []
+        self.slots: dict[int, int] = {}  # which position each slot holds
+
+    def planes(self) -> list[Plane]:
+        return [plane for layer in self.ring.layers for plane in (layer.keys, layer.values)]
+
+    def append(self, n: int, seed: int) -> None:
+        ring, rng = self.ring, np.random.default_rng(seed)
+        ring.note_turns(*angles(frequencies(CONFIG), np.arange(ring.length, ring.length + n)))
+        new = [rng.standard_normal((n, p.heads * p.width)).astype(np.float32) for p in self.planes()]
+        for layer in range(CONFIG.n_layers):
+            KERNELS.append(new[2 * layer], new[2 * layer + 1], ring, layer)
+        for i in range(n):
+            self.slots[self.slot(len(self.tokens))] = len(self.tokens)
+            self.tokens.append([part[i : i + 1] for part in new])
+        ring.advance(n)
+
+    def slot(self, position: int) -> int:
+        sinks, slots = self.ring.sinks, self.ring.slots
+        return position if position < sinks else sinks + (position - sinks) % (slots - sinks)
+
+    def seen(self) -> list[int]:
+        """What the next token sees besides itself."""
+        oldest = max(self.ring.sinks, len(self.tokens) + 1 - (self.ring.capacity - self.ring.sinks))
+        return [p for p in range(len(self.tokens)) if p < self.ring.sinks or p >= oldest]
+
+    def trim(self, n: int) -> None:
+        """Take tokens back. It must be refused exactly when something that is then seen is no longer there."""
+        before, self.tokens = self.tokens, self.tokens[:n]
+        there = all(self.slots[self.slot(p)] == p for p in self.seen())
+        if there:
+            self.ring.trim(n)
+            return
+        self.tokens = before
+        with pytest.raises(CacheError, match="slid out"):
+            self.ring.trim(n)
+
+    def check(self) -> None:
+        assert self.ring.length == len(self.tokens)
+        seen = self.seen()
+        assert [p for p in self.ring.visible(len(self.tokens)) if p < len(self.tokens)] == seen
+        if not seen:
+            return
+        slots = self.ring.slot(np.array(seen))
+        for i, plane in enumerate(self.planes()):
+            given = np.concatenate([self.tokens[p][i] for p in seen])
+            alone = Plane(plane.codec, plane.heads, plane.width, len(seen))
+            alone.write(np.arange(len(seen)), given)
+            found = plane.read(slots)
+            assert np.array_equal(found, alone.read(np.arange(len(seen))))
+            vectors = given.reshape(len(seen), plane.heads, plane.width).swapaxes(0, 1)
+            low, high = np.minimum(vectors.min(axis=2), 0), np.maximum(vectors.max(axis=2), 0)
+            largest = high - low if plane.codec == "q4" else np.maximum(high, -low)
+            assert (np.abs(found - vectors) <= BOUND[plane.codec] * largest[..., None]).all()
+        if self.ring.turns.size:
+            wanted = angles(frequencies(CONFIG), np.array(seen))
+            assert np.array_equal(self.ring.turns[:, slots], np.stack(wanted))
+
+
+steps = st.lists(
+    st.one_of(
+        st.tuples(st.just("append"), st.integers(1, 7)),
+        st.tuples(st.just("trim"), st.integers(0, 12)),
+        st.tuples(st.sampled_from(["save", "copy", "reset"]), st.just(0)),
+    ),
+    max_size=25,
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(steps=steps, capacity=st.integers(2, 14), sinks=st.integers(0, 5), chunk=st.integers(7, 9))
+def test_a_ring_is_a_list(kind: str, steps: list[tuple[str, int]], capacity: int, sinks: int, chunk: int) -> None:
+    made = Listed(capacity, min(sinks, capacity - 1), chunk, kind)
+    for i, (what, n) in enumerate(steps):
+        if what == "append":
+            made.append(n, seed=i)
+        elif what == "trim":
+            made.trim(max(0, len(made.tokens) - n))
+        elif what == "reset":
+            made.ring.reset()
+            made.tokens = []
+        elif what == "copy":
+            other, tokens, slots = made.ring.copy(), list(made.tokens), dict(made.slots)
+            made.append(3, seed=100 + i)  # what is done to the one must not be seen in the other
+            made.ring, made.tokens, made.slots = other, tokens, slots
+        else:
+            other = KVRing(CONFIG, capacity, chunk, made.ring.sinks, **KINDS[kind])
+            other.load(made.ring.save())
+            made.ring = other
+        made.check()
+
+
+# ---- refusals ---------------------------------------------------------------------------------------------
+
+
+def a_full_one(kind: str = "q8", **how: Any) -> KVRing:
+    made = Listed(**{"capacity": 8, "sinks": 2, "chunk": 4, "kind": kind, **how})
+    for i in range(5):
+        made.append(4, i)
+    return made.ring
+
+
+def test_a_damaged_state_is_refused_and_changes_nothing() -> None:
+    state = a_full_one().save()
+    ring = a_full_one()
+    before = ring.save()
+    for bad in (b"", state[:-1], state + b"\0", state[:40] + bytes([state[40] ^ 1]) + state[41:], b"x" + state[1:]):
+        with pytest.raises(CacheError, match="damaged"):
+            ring.load(bad)
+    assert ring.save() == before == state
+
+
+@pytest.mark.parametrize(
+    "other", [{"kind": "f16"}, {"capacity": 9}, {"chunk": 5}, {"kind": "learned q8"}], ids=lambda o: str(*o.values())
+)
+def test_a_state_of_another_geometry_is_refused(other: dict[str, Any]) -> None:
+    with pytest.raises(CacheError, match="this context has"):
+        a_full_one().load(a_full_one(**other).save())
+
+
+@pytest.mark.parametrize("change", [{"length": -1}, {"length": 2.0}, {"sinks": 8}, {"oldest": 99}, {"length": None}])
+def test_a_state_with_impossible_numbers_is_refused(change: dict[str, Any]) -> None:
+    """The checksum is right: such a state was made on purpose."""
+    state = a_full_one().save()
+    head, _, planes = state[len(STATE_MAGIC) + 4 :].partition(b"\n")
+    body = json.dumps({**json.loads(head), **change}, sort_keys=True).encode() + b"\n" + planes
+    with pytest.raises(CacheError, match="damaged"):
+        a_full_one().load(STATE_MAGIC + zlib.crc32(body).to_bytes(4, "little") + body)
+
+
+def test_bad_arguments_are_refused() -> None:
+    for wrong in ({"capacity": 1}, {"chunk": 0}, {"sinks": 8}, {"sinks": -1}, {"codec": "q5"}, {"codec": "k=q8"}):
+        with pytest.raises(CacheError):
+            KVRing(CONFIG, **{"capacity": 8, "sinks": 2, "chunk": 4, **wrong})
+    ring = a_full_one()
+    for n in (-1, 21):
+        with pytest.raises(CacheError, match="cannot keep"):
+            ring.trim(n)
+    with pytest.raises(CacheError, match="reset it first"):
+        ring.sinks = 1
+
+
+def test_bytes_for_each_token() -> None:
+    """Of a layer of the 8B shape: 8 heads of 128 numbers on each side."""
+    config = ModelConfig(
+        dim=8, hidden_dim=8, n_layers=1, n_heads=32, n_kv_heads=8, head_dim=128, vocab_size=9, max_seq_len=512,
+        norm_eps=1e-5, rope_theta=10000.0,
+    )  # fmt: skip
+    sizes = {"f32": 8192, "f16": 4096, "q8": 2112, "k=q8,v=q4": 1696, "q4": 1280}
+    for codec, size in sizes.items():
+        ring = KVRing(config, 10, chunk=1, codec=codec)
+        assert ring.nbytes == 10 * size
+    learned = KVRing(config, 10, chunk=1, codec="q8", modules=[KVModule(0, "v", 256)])
+    assert learned.nbytes == 10 * (1056 + 264)
