@@ -175,12 +175,13 @@ def open_trit(path: str | os.PathLike[str]) -> TritFile:
         raise
     except (OSError, ValueError) as e:
         raise FormatError(name, f"cannot be opened: {getattr(e, 'strerror', None) or e}") from e
-    with open(descriptor, "rb") as file:
-        info = os.fstat(descriptor)
+    info = os.fstat(descriptor)
+    if not stat.S_ISREG(info.st_mode):
+        os.close(descriptor)
         if stat.S_ISDIR(info.st_mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), name)
-        if not stat.S_ISREG(info.st_mode):
-            raise FormatError(name, "is a pipe or device; expected a regular file")
+        raise FormatError(name, "is a pipe or device; expected a regular file")
+    with open(descriptor, "rb") as file:
         header, raw, entries = read_header(file, info.st_size, name)
         try:
             data = mmap.mmap(descriptor, info.st_size, access=mmap.ACCESS_READ)

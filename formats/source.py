@@ -90,6 +90,8 @@ def open_source(path: str | os.PathLike[str]) -> Source:
         from .hf import open_hf
 
         return open_hf(path)
+    if path.exists() and not path.is_file():
+        raise SourceError(path, "is a pipe or device; expected a Hugging Face folder or a GGUF file")
     with open(path, "rb") as f:
         magic = f.read(4)
     if magic == GGUF_MAGIC:
@@ -140,6 +142,11 @@ def expected_tensors(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return out
 
 
+def shorten(names: list[str], most: int = 20) -> str:
+    """List names for a message, only so many of them."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 class Names:
     """Two-way renaming by a table with one `{}` for the layer number."""
 
@@ -182,13 +189,13 @@ def check_tensors(
     expected = expected_tensors(config)
     missing = [names.theirs(name) for name in expected if name not in found]
     if missing:
-        raise SourceError(path, f"misses {len(missing)} of {len(expected)} tensors: {', '.join(missing)}")
+        raise SourceError(path, f"misses {len(missing)} of {len(expected)} tensors: {shorten(missing)}")
     extra = [*unknown, *(names.theirs(name) for name in found if name not in expected)]
     if extra:
         raise SourceError(
             path,
             f"holds {len(extra)} tensors that a Llama model of {config['n_layers']} layers does not have, "
-            f"and nothing is dropped silently: {', '.join(extra)}",
+            f"and nothing is dropped silently: {shorten(extra)}",
         )
     wrong = [
         f"{names.theirs(name)} is {list(found[name])}, expected {list(shape)}"
@@ -196,7 +203,7 @@ def check_tensors(
         if found[name] != shape
     ]
     if wrong:
-        raise SourceError(path, f"tensors of the wrong shape: {'; '.join(wrong)}")
+        raise SourceError(path, f"tensors of the wrong shape: {shorten(wrong)}")
 
 
 # ---- small readers that several sources share -----------------------------------------------------------

@@ -47,9 +47,9 @@ def one_line(text: str) -> str:
 
 
 def is_expected(error: BaseException) -> bool:
-    """Tell whether an error is about the user's input: each exception class of our own is, and OSError."""
+    """Tell whether an error is about the user's input: each class of our own, OSError, and too little memory."""
     ours = any(cls.__module__.split(".")[0] in OUR_PACKAGES for cls in type(error).__mro__)
-    return ours or isinstance(error, OSError)
+    return ours or isinstance(error, (OSError, MemoryError))
 
 
 def describe(error: BaseException) -> str:

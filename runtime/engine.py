@@ -18,12 +18,14 @@ from .model import Model
 from .options import (
     check_arguments,
     check_max_tokens,
+    check_memory,
     check_prompt,
     check_stop,
     defaults_of_file,
     ring_codec,
 )
 from .sampler import OptionError, Sampler
+from .sizes import kv_bytes_per_token
 from .tokenizer import load_tokenizer
 
 logger = logging.getLogger("tritllama")
@@ -78,6 +80,7 @@ class Engine:
                 logger.warning("n_ctx is %d, the model was made for %d", self.n_ctx, self.config.max_seq_len)
             self.defaults = defaults_of_file(self.model.file.header.get("generation"), str(self.path))
             self._select_chat_format(chat_format, jinja)
+            check_memory(kv_bytes_per_token(self.config) * (self.n_ctx + n_batch), self.n_ctx)
             self._session = Session(self.model, self.n_ctx, n_batch, self._kv)
         except BaseException:
             self.model.close()

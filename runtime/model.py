@@ -11,7 +11,7 @@ import numpy as np
 
 from formats import Tensor, TensorError, TritFile, dequantize, dequantize_rows, open_trit
 from formats.kv_modules import KVModule, read_kv_modules
-from formats.source import expected_tensors
+from formats.source import expected_tensors, shorten
 
 from .cache import KVRing
 from .config import ModelConfig
@@ -212,12 +212,15 @@ class Model:
 def check_tensors(file: TritFile, config: ModelConfig) -> None:
     """Compare the file's tensors with what the configuration calls for.
 
-    Raises TensorError that lists all missing ones, or names the first of a wrong shape.
+    Raises TensorError that lists the missing ones, or names the first that is unknown or of a wrong shape.
     """
     expected = expected_tensors(config.to_dict())
     missing = [name for name in expected if name not in file.tensors]
     if missing:
-        raise TensorError(file.path, f"misses {len(missing)} tensors: {', '.join(missing)}; convert it again")
+        raise TensorError(file.path, f"misses {len(missing)} tensors: {shorten(missing)}; convert it again")
+    for name in file.tensors:
+        if name not in expected and not name.startswith("tokenizer.") and ".kv." not in name:  # see read_kv_modules
+            raise TensorError(file.path, "is not part of a model of this configuration", name)
     for name, shape in expected.items():
         found = file.tensors[name]
         if found.shape != shape:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from numbers import Integral
@@ -118,3 +119,16 @@ def defaults_of_file(generation: Any, path: str) -> dict[str, Any]:
 def _check_whole(name: str, value: Any, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
         raise OptionError(f"{name} must be a whole number, {least} or more, got {value!r}")
+
+
+def check_memory(nbytes: int, n_ctx: int) -> None:
+    """Refuse a context that the machine's memory cannot hold, before any of it is taken. Raises OptionError."""
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not every system tells
+        return
+    if nbytes > memory:
+        raise OptionError(
+            f"a context of {n_ctx} tokens takes {nbytes / 1e9:.1f} GB, this machine has {memory / 1e9:.1f} GB; "
+            "take a smaller one (n_ctx, -c)"
+        )

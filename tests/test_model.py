@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
+from formats import TensorError, TritWriter, open_trit
 from runtime.cache import KVRing
 from runtime.errors import CacheError
 from runtime.model import Model
@@ -336,3 +337,15 @@ def test_bad_arguments_are_refused(backend: str, made: dict[str, Path]) -> None:
         other.forward([1], cache)
     with pytest.raises(ValueError, match="activations"):
         load(shared(made, "plain"), backend, "int7")
+
+
+def test_a_tensor_that_the_model_does_not_have_is_refused(tmp_path: Path, made: dict[str, Path]) -> None:
+    """Above all a bias that the configuration does not announce: its length would go unchecked."""
+    with open_trit(shared(made, "plain")) as file:
+        header = {key: value for key, value in file.header.items() if key != "tensors"}
+        with TritWriter(tmp_path / "more.trit", header, [*file.tensors, "layers.0.wq.bias"]) as writer:
+            for t in file.tensors.values():
+                writer.add(t.name, t.codec, t.shape, t.params, t.parts)
+            writer.add("layers.0.wq.bias", "f32", (1,), {}, {"values": np.zeros(1, np.float32)})
+    with pytest.raises(TensorError, match=r"layers\.0\.wq\.bias"):
+        Model.load(tmp_path / "more.trit", "numpy")

@@ -7,6 +7,7 @@ import os
 from ..errors import BackendError
 from .base import Kernels
 
+MAX_THREADS = 256
 BACKENDS = ("auto", "native", "numba", "numpy")
 
 
@@ -24,6 +25,8 @@ def get_kernels(backend: str = "auto", n_threads: int | None = None, int8: bool 
         raise BackendError(f"there is no backend {backend!r}; there are {', '.join(BACKENDS)}")
     if n_threads is not None and n_threads < 1:
         raise BackendError(f"n_threads is {n_threads}; it must be 1 or more")
+    if n_threads is not None and n_threads > MAX_THREADS:
+        raise BackendError(f"n_threads is {n_threads}; it must be at most {MAX_THREADS}")
     for name in ("native", "numba", "numpy") if backend == "auto" else (backend,):
         try:
             return _make(name, n_threads, int8)
