@@ -77,7 +77,8 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     add("-t", "--threads", dest="n_threads", type=int, metavar="N", help="threads (all cores allowed)")
     add("--keep", type=int, metavar="N",
         help="first tokens that stay when the context is full (the system prompt)")  # fmt: skip
-    add("--kv", default="auto", metavar="CODEC", help="codec of keys and values: auto, f16, f32")
+    add("--kv", default="auto", metavar="CODEC",
+        help="codec of keys and values: auto, f32, f16, q8, q4, or k=CODEC,v=CODEC")  # fmt: skip
     add("--backend", choices=("auto", "native", "numba", "numpy"), default="auto", help="kernels to run on")
     add("--activations", choices=("int8", "f32"), default="int8", help="int8: fast; f32: exact")
     return parser

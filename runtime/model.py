@@ -67,9 +67,9 @@ class Model:
     One call at a time runs; others wait. Sessions differ in their `KVRing` alone.
     """
 
-    def __init__(self, file: TritFile, config: ModelConfig, kernels: Kernels) -> None:
+    def __init__(self, file: TritFile, config: ModelConfig, kernels: Kernels, kv: str = "auto") -> None:
         check_tensors(file, config)
-        self.file, self.config, self.kernels = file, config, kernels
+        self.file, self.config, self.kernels, self.kv = file, config, kernels, kv
         self.modules = tuple(read_kv_modules(file))
         self.layers = [Layer(file, kernels, i, self.modules) for i in range(config.n_layers)]
         self.norm = dequantize(file.tensors["norm"])
@@ -88,10 +88,12 @@ class Model:
         backend: str = "auto",
         n_threads: int | None = None,
         activations: str = "int8",
+        kv: str = "auto",
     ) -> Model:
         """Open a .trit file and check all that the forward pass will need.
 
         activations: "int8" rounds what trit matrices are multiplied with to int8 blocks; "f32" is exact
+        kv: the codec of contexts that are asked for without one
         Raises FormatError, ConfigError or BackendError, each in one line that says what to do.
         """
         if activations not in ("int8", "f32"):
@@ -99,7 +101,7 @@ class Model:
         file = open_trit(path)
         try:
             config = ModelConfig.from_dict(file.config, file.path)
-            return cls(file, config, get_kernels(backend, n_threads, int8=activations == "int8"))
+            return cls(file, config, get_kernels(backend, n_threads, int8=activations == "int8"), kv)
         except BaseException:
             file.close()
             raise
@@ -107,9 +109,10 @@ class Model:
     def new_cache(self, n_ctx: int, sinks: int = 4, n_batch: int = 256, kv: str = "auto") -> KVRing:
         """An empty context of n_ctx tokens; prompts are read in chunks of n_batch.
 
-        kv: the ring's codec; "auto" is f16, or f32 where activations are f32 and all else is exact
+        kv: the ring's codec; "auto" is the model's own `kv`, else f16, or f32 where activations are exact
         Raises CacheError if the numbers do not fit together.
         """
+        kv = self.kv if kv == "auto" else kv
         codec = ("f16" if self.kernels.int8 else "f32") if kv == "auto" else kv
         return KVRing(self.config, n_ctx, min(n_batch, n_ctx), min(sinks, n_ctx - 1), codec, self.modules)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from numbers import Integral
 from typing import Any
@@ -12,11 +11,12 @@ import numpy as np
 
 from formats.errors import HeaderError
 
+from .errors import CacheError
 from .generate import ContextOverflowError
 from .openai_shapes import LogProbs
+from .ring_codecs import CODECS, side_codecs
 from .sampler import OptionError, SamplingOptions, check_seed
 
-KV_NOW, KV_LATER = ("auto", "f16", "f32"), ("q8", "q4")
 MAX_LOGPROBS = 20
 # What generation_config.json calls our options
 FILE_OPTIONS = {
@@ -44,15 +44,13 @@ def check_arguments(
 
 def ring_codec(kv: Any) -> str:
     """Return the codec of the ring that "auto", a codec, or "k=CODEC,v=CODEC" asks for. Raises OptionError."""
-    match = re.fullmatch(r"(?:k=(\w+),v=(\w+)|(\w+))", kv) if isinstance(kv, str) else None
-    wanted = {codec for codec in match.groups() if codec} if match else set()
-    if not wanted or wanted - {*KV_NOW, *KV_LATER}:
-        raise OptionError(f"kv must be auto, f16, f32, q8, q4 or k=CODEC,v=CODEC, got {kv!r}")
-    if later := sorted(wanted & set(KV_LATER)):
-        raise OptionError(f"kv: the codec {' and '.join(later)} is not available yet; use f16 or auto")
-    if len(wanted) > 1:
-        raise OptionError(f"kv: keys and values of different codecs are not available yet, got {kv!r}")
-    return wanted.pop()
+    if kv == "auto":
+        return "auto"
+    try:
+        keys, values = side_codecs(kv)
+    except (CacheError, TypeError) as exc:
+        raise OptionError(f"kv must be auto, {', '.join(CODECS)} or k=CODEC,v=CODEC, got {kv!r}") from exc
+    return keys if keys == values else f"k={keys},v={values}"
 
 
 def check_max_tokens(max_tokens: Any) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from formats.container import TritFile
+from formats.kv_modules import KVModule
 
 from .cache import KVRing
 from .config import ModelConfig
@@ -22,7 +25,7 @@ def weight_bytes_per_token(file: TritFile, config: ModelConfig) -> int:
     return total
 
 
-def kv_bytes_per_token(config: ModelConfig, codec: str = "f16") -> int:
-    """Bytes of keys and values that the ring keeps of one token."""
-    ring = KVRing(config, 2, chunk=1, sinks=0, codec=codec)
+def kv_bytes_per_token(config: ModelConfig, codec: str = "f16", modules: Sequence[KVModule] = ()) -> int:
+    """Bytes of keys and values that the ring keeps of one token. modules: the model's learned projections"""
+    ring = KVRing(config, 2, chunk=1, sinks=0, codec=codec, modules=modules)
     return ring.nbytes // ring.slots

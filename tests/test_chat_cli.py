@@ -143,7 +143,7 @@ def test_characters_that_stdout_cannot_express(model: Path) -> None:
         (["-p", "x", "-n", "-2"], "max_tokens must be"),
         (["-p", "x", "-s", "4294967296"], "seed must be"),
         (["-p", "x", "--stop", ""], "stop must be"),
-        (["-p", "x", "--kv", "q4"], "not available yet"),
+        (["-p", "x", "--kv", "q5"], "kv must be auto"),
         (["-p", "x", "--unknown"], "unrecognized arguments: --unknown"),
         (["-p", "x", "--raw", "-sys", "y"], "--raw uses no chat format"),
         (["-p", "x", "--jinja", "--chat-format", "llama2"], "leave out --chat-format"),

@@ -35,10 +35,10 @@ def text_of(answer: Any) -> str:
         ({"n_batch": 0}, "n_batch"),
         ({"n_threads": 0}, "n_threads"),
         ({"keep": N_CTX}, "keep must be less than the context of 96"),
-        ({"kv": "q8"}, "q8 is not available yet; use f16 or auto"),
-        ({"kv": "k=q4,v=q8"}, "q4 and q8 is not available yet"),
-        ({"kv": "k=f16,v=f32"}, "different codecs"),
-        ({"kv": "q7"}, "kv must be auto, f16"),
+        ({"kv": "q7"}, "kv must be auto, f32, f16, q8, q4 or k=CODEC,v=CODEC, got 'q7'"),
+        ({"kv": "k=q8"}, "kv must be auto"),
+        ({"kv": "k=auto,v=q8"}, "kv must be auto"),
+        ({"kv": 8}, "kv must be auto"),
         ({"seed": -5}, "seed"),
         ({"chat_format": "alpaca"}, "unknown chat format"),
         ({"jinja": True, "chat_format": None}, "no chat template"),
@@ -53,6 +53,8 @@ def test_codecs_of_the_cache(open_llama: Any) -> None:
     whole, half = open_llama(kv="f32").cache_nbytes, open_llama(kv="k=f16,v=f16").cache_nbytes
     assert open_llama().cache_nbytes == whole == 2 * half  # "auto" with exact activations
     assert open_llama(activations="int8").cache_nbytes == half
+    assert half > open_llama(kv="k=f16,v=q4").cache_nbytes > open_llama(kv="q4").cache_nbytes
+    assert open_llama(kv="k=q8,v=q8").cache_nbytes == open_llama(kv="q8").cache_nbytes
 
 
 def test_a_backend_that_cannot_be_had(open_llama: Any) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 
+from runtime.options import ring_codec
+from runtime.sampler import OptionError
+
 BACKENDS = ("auto", "native", "numba", "numpy")
 ACTIVATIONS = ("int8", "f32")
 
@@ -35,6 +38,17 @@ def add_model_arguments(parser: argparse.ArgumentParser, threads: bool = True) -
         parser.add_argument("-t", "--threads", type=positive, metavar="N", help="threads (default: all cores allowed)")
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="kernels to run on (auto)")
     parser.add_argument("--activations", choices=ACTIVATIONS, default="int8", help="int8: fast (default); f32: exact")
+    parser.add_argument(
+        "--kv", type=_ring_codec, default="auto", metavar="CODEC",
+        help="codec of keys and values: auto, f32, f16, q8, q4, or k=CODEC,v=CODEC",
+    )  # fmt: skip
+
+
+def _ring_codec(text: str) -> str:
+    try:
+        return ring_codec(text)
+    except OptionError as exc:
+        raise argparse.ArgumentTypeError(str(exc)) from None
 
 
 def _at_least(text: str, least: int) -> int:

@@ -89,7 +89,7 @@ def as_json(speed: benchmark.Speed | None, n: int, depth: int) -> dict[str, Any]
 def traffic(model: Model, speed: benchmark.Speed | None, n_gen: int, depth: int, bandwidth: float) -> dict[str, Any]:
     """Tell what decoding one token reads, and how near to the speed of memory that comes."""
     weights = weight_bytes_per_token(model.file, model.config)
-    kv = kv_bytes_per_token(model.config, model.new_cache(2).codec)
+    kv = kv_bytes_per_token(model.config, model.new_cache(2).codec, model.modules)
     total = weights + kv * (depth + n_gen // 2)
     per_second = 0.0 if speed is None else total * speed.tok_s
     return {
@@ -105,7 +105,8 @@ def describe(model: Model, threads: int, args: argparse.Namespace) -> dict[str, 
     return {
         "model": path.name, "model_bytes": path.stat().st_size, "fingerprint": model.file.fingerprint,
         "backend": model.kernels.name, "kernels": model.kernels.describe(), "activations": args.activations,
-        "threads": threads, "cpu": benchmark.cpu_name(), "repetitions": args.repetitions,
+        "kv": model.new_cache(2).codec, "threads": threads, "cpu": benchmark.cpu_name(),
+        "repetitions": args.repetitions,
         "versions": {"tritllama": __version__, "python": platform.python_version(),
                      "numpy": metadata.version("numpy"), "numba": metadata.version("numba")},
     }  # fmt: skip
@@ -144,7 +145,7 @@ def command(argv: Sequence[str]) -> int:
     check_lengths(args)
     results: list[dict[str, Any]] = []
     for asked in args.threads or [None]:
-        model = Model.load(args.model, backend=args.backend, n_threads=asked, activations=args.activations)
+        model = Model.load(args.model, args.backend, asked, args.activations, args.kv)
         try:
             results += measure(model, benchmark.thread_count(model, asked), args)
         finally:

@@ -12,6 +12,7 @@ from typing import Any
 
 from formats import open_trit
 from formats.container import TritFile
+from formats.kv_modules import read_kv_modules
 from runtime.chat_format import recognise
 from runtime.cli import ArgumentParser, UserError, one_line, run
 from runtime.config import ModelConfig
@@ -48,7 +49,7 @@ def memory(file: TritFile) -> dict[str, int]:
     """Tell what running the model takes, in bytes; the KV figures are those of the codec f16."""
     config = ModelConfig.from_dict(file.config, file.path)
     weights = weight_bytes(file)
-    per_token = kv_bytes_per_token(config)
+    per_token = kv_bytes_per_token(config, modules=read_kv_modules(file))
     full = per_token * config.max_seq_len
     return {
         "weights": weights, "kv_bytes_per_token": per_token, "kv_full_context": full,

@@ -61,9 +61,9 @@ def encode(path: str, text: str, ctx: int) -> tuple[list[int], int | None]:
         return tokenizer.encode(text, add_bos=tokenizer.add_bos), tokenizer.bos_id if tokenizer.add_bos else None
 
 
-def load(path: str, args: argparse.Namespace) -> Model:
+def load(path: str, args: argparse.Namespace, kv: str) -> Model:
     """Open a model with the options that add_model_arguments defines."""
-    return Model.load(path, backend=args.backend, n_threads=args.threads, activations=args.activations)
+    return Model.load(path, args.backend, args.threads, args.activations, kv)
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -75,8 +75,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     windows = evaluate.cut_windows(ids, args.ctx_size, bos_id, args.chunks)
     if args.kl and encode(args.kl, text, args.ctx_size) != (ids, bos_id):
         raise UserError(f"{args.kl}: its tokenizer gives other ids for this text; the two cannot be compared")
-    model = load(args.model, args)
-    base = load(args.kl, args) if args.kl else None
+    model = load(args.model, args, args.kv)
+    base = load(args.kl, args, "auto") if args.kl else None
     with Bar("perplexity", unit="window") as bar:
         result = evaluate.perplexity(model, windows, base, bar)
     found = describe(model, args) | {
@@ -95,8 +95,8 @@ def describe(model: Model, args: argparse.Namespace) -> dict[str, Any]:
     """Tell what was measured on what, so that the figures can be repeated."""
     return {
         "model": Path(args.model).name, "fingerprint": model.file.fingerprint, "text": Path(args.file).name,
-        "ctx": args.ctx_size, "activations": args.activations, "backend": model.kernels.name,
-        "threads": thread_count(model, args.threads), "version": __version__,
+        "ctx": args.ctx_size, "activations": args.activations, "kv": model.new_cache(2).codec,
+        "backend": model.kernels.name, "threads": thread_count(model, args.threads), "version": __version__,
     }  # fmt: skip
 
 
@@ -107,7 +107,7 @@ def stream(ids: list[int], args: argparse.Namespace) -> dict[str, Any]:
     ids = ids[: args.chunks * args.ctx_size] if args.chunks else ids
     if len(ids) < 2 * args.ctx_size:
         raise UserError(f"the text has {len(ids)} tokens; --stream takes twice the context at least")
-    model = load(args.model, args)
+    model = load(args.model, args, args.kv)
     with Bar("perplexity", unit="token") as bar:
         losses = evaluate.stream_losses(model, ids, args.ctx_size, bar)
     half = args.ctx_size // 2
