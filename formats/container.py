@@ -94,6 +94,16 @@ class TritFile:
             raise TensorError(self.path, f"has codec {tensor.codec}; expected u8", name)
         return tensor.parts["values"].tobytes()
 
+    def release(self, name: str) -> None:
+        """Let go of the memory that reading a tensor has filled; it is read from the file again when it is needed."""
+        tensor = self.tensors[name]
+        assert self._map is not None
+        if hasattr(self._map, "madvise"):
+            start = -(-tensor.offset // mmap.PAGESIZE) * mmap.PAGESIZE
+            length = (tensor.offset + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - start
+            if length > 0:
+                self._map.madvise(mmap.MADV_DONTNEED, start, length)
+
     def problems(self, progress: Progress | None = None) -> Iterator[FormatError]:
         """Read every byte and yield what is wrong: checksums, padding, values that no writer makes.
 

@@ -126,7 +126,7 @@ def _pieces(file: TritFile, made: Exported) -> tuple[list[Piece], list[str]]:
         if tensor.shape != shape:
             found = f"has shape {list(tensor.shape)}, the config calls for {list(shape)}"
             raise TensorError(file.path, f"{found}; convert the model again", name)
-        blocks = _reader(tensor, made.dtype, rounded)
+        blocks = _reader(file, tensor, made.dtype, rounded)
         pieces.append(Piece(HF_NAMES.theirs(name), DTYPES[made.dtype], shape, blocks))
     extra = [name for name in file.tensors if name not in expected and not name.startswith("tokenizer.")]
     if extra:
@@ -134,7 +134,7 @@ def _pieces(file: TritFile, made: Exported) -> tuple[list[Piece], list[str]]:
     return pieces, rounded
 
 
-def _reader(tensor: Tensor, dtype: str, rounded: list[str]) -> Callable[[], Iterator[np.ndarray]]:
+def _reader(file: TritFile, tensor: Tensor, dtype: str, rounded: list[str]) -> Callable[[], Iterator[np.ndarray]]:
     """Make the function that gives a tensor's values in blocks of rows, of the dtype or as bits of bfloat16."""
 
     def blocks() -> Iterator[np.ndarray]:
@@ -149,6 +149,7 @@ def _reader(tensor: Tensor, dtype: str, rounded: list[str]) -> Callable[[], Iter
                 raise TensorError(tensor.path, message, tensor.name)
             exact = exact and np.array_equal(again, values)
             yield out
+        file.release(tensor.name)
         if not exact:
             rounded.append(HF_NAMES.theirs(tensor.name))
 

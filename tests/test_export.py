@@ -290,3 +290,11 @@ def test_command(model: Any, folder: Path, capsys: pytest.CaptureFixture[str]) -
         assert main(args) == 2
         out, err = capsys.readouterr()
         assert out == "" and text in err and err.count("\n") == 1
+
+
+def test_released_tensors_are_still_there(model: Any) -> None:
+    for name, tensor in model.tensors.items():
+        before = {key: part.tobytes() for key, part in tensor.parts.items()}
+        model.release(name)
+        assert {key: part.tobytes() for key, part in tensor.parts.items()} == before
+    model.verify()
