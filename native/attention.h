@@ -41,6 +41,7 @@ static void pack_rows(words job, float *area, const float *source, float *target
         memset(row, 0, padded * 4);
         if (r >= tokens * group) continue;
         for (int64_t i = 0; i < head_dim; i++) row[i] = q[i] * scale;
+        hadamard(row, head_dim, keys[SD_ROTATED]);
         if (keys[SD_SHARED])
             for (int64_t i = 0; i < head_dim; i++) shift[r] += row[i] * bias[i];
     }
@@ -243,6 +244,7 @@ static void finish_heads(words job, float *area, float *total, int64_t rows, int
     for (int64_t r = 0; r < tokens * group; r++) {
         float share = 1.0f / sums[r];
         for (int64_t d = 0; d < width; d += LANES) v_store(total + r * width + d, v_load(total + r * width + d) * share);
+        hadamard(total + r * width, head_dim, values[SD_ROTATED]);
     }
     if (values[SD_SHARED]) {
         float *target = in(area, job[AT_FEATURES]);

@@ -3,6 +3,7 @@
 #include "jobs.h"
 
 enum { RING_F32, RING_F16, RING_Q8, RING_Q4 };
+enum { LONGEST_HEAD = 512 };
 enum { CHUNK = 64 };  // numbers that are encoded at a time: a whole number of groups of every codec
 #define LARGEST 65504.0f  // of float16
 
@@ -93,10 +94,36 @@ INLINE void encode_q4(const float *x, int8_t *codes, uint16_t *scale_at) {
         v_store_i8(codes + i, code_q4(x + i, base, scale) | code_q4(x + 16 + i, base, scale) << 4);
 }
 
+// Rotate by a Hadamard matrix, in place, in blocks of `size` numbers; 1 changes nothing.
+static void hadamard(float *x, int64_t width, int64_t size) {
+    if (size == 1) return;
+    for (int64_t step = 1; step < size; step *= 2)
+        for (float *low = x; low < x + width; low += 2 * step) {
+            float *high = low + step;
+            int64_t i = 0;
+            for (; i + LANES <= step; i += LANES) {
+                vf a = v_load(low + i), b = v_load(high + i);
+                v_store(low + i, a + b);
+                v_store(high + i, a - b);
+            }
+            for (; i < step; i++) {
+                float a = low[i], b = high[i];
+                low[i] = a + b, high[i] = a - b;
+            }
+        }
+    float scale = (float)(1.0 / __builtin_sqrt((double)size));
+    for (int64_t i = 0; i < width; i++) x[i] *= scale;
+}
+
 // Store one vector, its last group filled with zeros.
 static void encode(words side, int64_t row, const float *source) {
-    _Alignas(64) float x[CHUNK];
+    _Alignas(64) float x[CHUNK], vector[LONGEST_HEAD];
     int64_t width = side[SD_WIDTH], padded = side[SD_PADDED], size = side[SD_GROUP];
+    if (side[SD_ROTATED] > 1) {
+        memcpy(vector, source, width * 4);
+        hadamard(vector, width, side[SD_ROTATED]);
+        source = vector;
+    }
     char *codes = at(side[SD_DATA], row * side[SD_CODE_BYTES]);
     uint16_t *scales = at(side[SD_SCALES], row * side[SD_SCALE_BYTES]);
     for (int64_t start = 0; start < padded; start += CHUNK) {

@@ -68,7 +68,7 @@ class KVRing:
             rank = ranks.get((layer, side))
             if rank is None:
                 return Plane(codecs[side], config.n_kv_heads, config.head_dim, self.slots)
-            return Plane(code_codec(codecs[side], rank), 1, rank, self.slots)
+            return Plane(code_codec(codecs[side], rank), 1, rank, self.slots, learned=True)
 
         self.layers = [RingLayer(plane(i, "k"), plane(i, "v")) for i in range(config.n_layers)]
         # Cosine and sine of each slot's position, where keys are rotated after they are decoded.

@@ -10,6 +10,9 @@ A vector is cut into groups, its last one filled with zeros.
 | q4 | 32 | code * scale + base, code in 0..15, scale and base in f16 |
 
 Scales are one for each group, token and head, taken from the largest number (q4: the smallest and the largest).
+Before keys and values become q8 or q4 they are rotated by a Hadamard matrix, which spreads outliers over all numbers
+(QuaRot; Ashkboos et al., 2024). It is its own inverse, and leaves products of rotated queries and keys as they were.
+Codes of learned projections are not rotated.
 """
 
 from __future__ import annotations
@@ -48,13 +51,16 @@ def code_codec(codec: str, rank: int) -> str:
 class Plane:
     """For each slot of the ring `heads` vectors of `width` numbers: the keys or the values of one layer.
 
+    rotated: numbers in one block of the Hadamard rotation, the largest power of two that divides width; 1 for none
     codes: (heads, slots, n) of float32, float16, int8, or uint8 with two codes in a byte: of each group's 16 bytes,
     byte i holds code i in its lower and code i + 16 in its upper half
     scales: (heads, slots, groups) float16 for q8, (heads, slots, groups, 2) for q4 with scale and base, else empty
     """
 
-    def __init__(self, codec: str, heads: int, width: int, slots: int) -> None:
+    def __init__(self, codec: str, heads: int, width: int, slots: int, learned: bool = False) -> None:
+        """learned: it stores the codes of a learned projection"""
         self.codec, self.heads, self.width, self.slots = codec, heads, width, slots
+        self.rotated = width & -width if codec in ("q8", "q4") and not learned else 1
         self.group = {"f32": 16, "f16": 16, "q8": 32 if width % 64 else 64, "q4": 32}[codec]
         groups = -(-width // self.group)
         self.padded = groups * self.group
@@ -75,7 +81,8 @@ class Plane:
     def write(self, slots: np.ndarray, vectors: np.ndarray) -> None:
         """Store vectors. slots: (n,) integer; vectors: (n, heads * width) float32"""
         x = np.zeros((self.heads, len(slots), self.padded), np.float32)
-        x[:, :, : self.width] = vectors.reshape(len(slots), self.heads, self.width).transpose(1, 0, 2)
+        given = vectors.reshape(len(slots), self.heads, self.width).transpose(1, 0, 2)
+        x[:, :, : self.width] = hadamard(given, self.rotated)
         if self.codec == "f32":
             self.codes[:, slots] = x
             return
@@ -97,7 +104,22 @@ class Plane:
             x = groups * scales[..., None]
         else:
             x = np.concatenate((groups & 15, groups >> 4), axis=3) * scales[..., :1] + scales[..., 1:]
-        return x.reshape(*codes.shape[:2], self.padded)[:, :, : self.width]
+        return hadamard(x.reshape(*codes.shape[:2], self.padded)[:, :, : self.width], self.rotated)
+
+
+def hadamard(x: np.ndarray, size: int) -> np.ndarray:
+    """Rotate vectors by a Hadamard matrix, in blocks of `size` numbers, a power of two.
+
+    x: (..., width) float32, width a multiple of size; returns: as x
+    """
+    if size == 1:
+        return x
+    y, step = x.reshape(-1, size), 1
+    while step < size:
+        pairs = y.reshape(len(y), -1, 2, step)
+        y = np.stack((pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]), axis=2).reshape(len(y), size)
+        step *= 2
+    return (y * np.float32(1 / np.sqrt(size))).reshape(x.shape)
 
 
 def _quantize_q8(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -65,6 +65,7 @@ def _describe(plane: Plane, decoder: Decoder | None, ring: KVRing, is_keys: bool
     words[w.SD_SCALE_BYTES] = plane.scales.strides[1] if plane.scales.size else 0
     words[w.SD_DATA], words[w.SD_SCALES] = address(plane.codes), address(plane.scales)
     words[w.SD_SEEN] = words[w.SD_FEATURES] = plane.padded
+    words[w.SD_ROTATED] = plane.rotated
     if decoder is None:
         return side
     heads = len(decoder.output)

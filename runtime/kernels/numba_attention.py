@@ -19,7 +19,7 @@ from . import simd
 from . import words as w
 from .compiling import BARE
 from .numba_math import exp, gelu, gelu_tanh, word
-from .numba_ring import expand, rotate, slot_of
+from .numba_ring import expand, hadamard, rotate, slot_of
 from .numba_tiles import dots, weigh
 from .simd import load_f32, read_f32, splat_f32, store_f32, write_f32
 from .simd_tiles import keep_lanes
@@ -71,6 +71,7 @@ def _pack_rows(job, area, source, target, shift, kv_head, first, tokens):
             write_f32(row, i * 4, x)
             if absorbed:
                 constant += x * read_f32(bias, i * 4)
+        hadamard(row, head_dim, word(keys, w.SD_ROTATED))
         write_f32(shift, r * 4, constant)
     if absorbed:
         matrix = word(keys, w.SD_OUTPUT) + kv_head * seen * padded * 4
@@ -266,6 +267,7 @@ def _finish(job, area, total, rows, kv_head, first, tokens):
         share = splat_f32(np.float32(1.0) / read_f32(sums, r * 4))
         for d in range(0, width * 4, 64):
             store_f32(total, r * width * 4 + d, load_f32(total, r * width * 4 + d) * share)
+        hadamard(total + r * width * 4, head_dim, word(values, w.SD_ROTATED))
     decoded, bias = total, 0
     if word(values, w.SD_SHARED):
         matrix = word(values, w.SD_OUTPUT) + kv_head * padded * width * 4

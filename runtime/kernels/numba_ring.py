@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numba import njit
 
@@ -10,7 +12,7 @@ from . import words as w
 from .compiling import BARE
 from .numba_math import word
 from .simd import fma, load_f32, read_f32, splat_f32, store_f32
-from .simd_tiles import prefetch, quotient
+from .simd_tiles import butterfly1, butterfly2, butterfly4, butterfly8, prefetch, quotient
 from .words import CACHED
 
 F32, F16, Q8, Q4 = range(4)
@@ -57,6 +59,36 @@ def rope(job, token):
 
 
 # ==== Encoding ====
+
+
+@njit(**BARE)
+def hadamard(x, width, size):
+    """Rotate by a Hadamard matrix, in place, in blocks of `size` numbers; 1 changes nothing. x: (width,) float32"""
+    step = 1
+    if size == 1:
+        return
+    if size >= 16:
+        for i in range(0, width * 4, 64):
+            store_f32(x, i, butterfly8(butterfly4(butterfly2(butterfly1(load_f32(x, i))))))
+        step = 16
+    while step < size:
+        for pair in range(width // (2 * step)):
+            low = x + pair * step * 8
+            high = low + step * 4
+            if step >= 16:
+                for i in range(0, step * 4, 64):
+                    a, b = load_f32(low, i), load_f32(high, i)
+                    store_f32(low, i, a + b)
+                    store_f32(high, i, a - b)
+            else:
+                for i in range(0, step * 4, 4):
+                    c, d = read_f32(low, i), read_f32(high, i)
+                    simd.write_f32(low, i, c + d)
+                    simd.write_f32(high, i, c - d)
+        step *= 2
+    scale = np.float32(1.0 / math.sqrt(size))
+    for i in range(0, width * 4, 4):
+        simd.write_f32(x, i, read_f32(x, i) * scale)
 
 
 @njit(forceinline=True)
@@ -112,14 +144,16 @@ def _code_q4(x, base, scale):
 @njit(**BARE)
 def _encode(side, slots, head, slot, source, scratch):
     """Store one vector, its last group filled with zeros."""
-    codec, width, padded, size = (
-        word(side, w.SD_CODEC),
-        word(side, w.SD_WIDTH),
-        word(side, w.SD_PADDED),
-        word(side, w.SD_GROUP),
-    )
+    codec, width, rotated = word(side, w.SD_CODEC), word(side, w.SD_WIDTH), word(side, w.SD_ROTATED)
+    padded, size = word(side, w.SD_PADDED), word(side, w.SD_GROUP)
     codes = word(side, w.SD_DATA) + (head * slots + slot) * word(side, w.SD_CODE_BYTES)
     scales = word(side, w.SD_SCALES) + (head * slots + slot) * word(side, w.SD_SCALE_BYTES)
+    if rotated > 1:
+        vector = scratch + CHUNK * 4
+        for i in range(0, width * 4, 4):
+            simd.write_f32(vector, i, read_f32(source, i))
+        hadamard(vector, width, rotated)
+        source = vector
     for start in range(0, padded, CHUNK):
         count = min(CHUNK, padded - start)
         for i in range(count):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -50,6 +52,18 @@ def keep_lanes(b: ir.IRBuilder, x: ir.Value, first: ir.Value, stop: ir.Value, ot
     low, high = (splat(b, b.trunc(n, I32), LANES) for n in (first, stop))
     inside = b.and_(b.icmp_signed(">=", lane, low), b.icmp_signed("<", lane, high))
     return b.select(inside, x, splat(b, other, LANES))
+
+
+def _butterfly(step: int) -> Any:
+    def emit(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+        signs = ir.Constant(F32X16, [-1.0 if lane & step else 1.0 for lane in range(LANES)])
+        return b.fadd(shuffle(b, x, x, [lane ^ step for lane in range(LANES)]), b.fmul(x, signs))
+
+    emit.__name__, emit.__doc__ = f"butterfly{step}", f"Lanes {step} apart become their sum and their difference."
+    return operation(f32x16, f32x16)(emit)
+
+
+butterfly1, butterfly2, butterfly4, butterfly8 = (_butterfly(step) for step in (1, 2, 4, 8))
 
 
 @operation(f32x16, f32x16, f32x16)

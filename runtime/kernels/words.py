@@ -29,7 +29,7 @@ AT_BLOCK, AT_CODES, AT_FEATURES = range(34, 37)
 AT_KEYS, AT_VALUES, AT_WORDS = 40, 60, 80
 SD_CODEC, SD_HEADS, SD_WIDTH, SD_PADDED, SD_GROUP, SD_CODE_BYTES, SD_SCALE_BYTES, SD_DATA, SD_SCALES = range(9)
 SD_FEATURES, SD_HIDDEN, SD_HIDDEN_BIAS, SD_ACTIVATION, SD_OUTPUT, SD_OUTPUT_BIAS = range(9, 15)
-SD_COS, SD_SIN, SD_SEEN, SD_SHARED = range(15, 19)
+SD_COS, SD_SIN, SD_SEEN, SD_SHARED, SD_ROTATED = range(15, 20)
 
 # The pool's shared state (numba_pool.py), one cache line apart so that the threads do not fight over them.
 CLAIM, DONE, STARTED, PARKED = 0, 8, 16, 17
