@@ -55,11 +55,11 @@ class TritWriter:
             raise HeaderError(self.path, f"the metadata takes {room} bytes; the limit is {MAX_HEADER}")
         folder = os.path.dirname(self._target)
         self._temporary = os.path.join(folder, f".trit-{os.getpid()}-{secrets.token_hex(4)}.tmp")
-        self._file = open(self._temporary, "xb")  # noqa: SIM115 - closed by close() or abort()
         try:
+            self._file = open(self._temporary, "xb")  # noqa: SIM115 - closed by close() or abort()
             self._file.write(bytes(PREFIX.size + self._header_length + 4))
         except BaseException:
-            self.abort()
+            self._discard()  # a signal may end open() after it made the file
             raise
 
     def add(
@@ -109,14 +109,8 @@ class TritWriter:
 
     def abort(self) -> None:
         """Remove the unfinished file."""
-        if self._file is None:
-            return
-        file, self._file = self._file, None
-        try:
-            file.close()
-        finally:
-            with suppress(FileNotFoundError):
-                os.unlink(self._temporary)
+        if self._file is not None:
+            self._discard()
 
     def withdraw(self) -> None:
         """Remove the file after it was finished, because another that belongs to it was not."""
@@ -136,7 +130,16 @@ class TritWriter:
 
     def __del__(self) -> None:
         if getattr(self, "_file", None) is not None:
-            self.abort()
+            self._discard()
+
+    def _discard(self) -> None:
+        file, self._file = self._file, None
+        try:
+            if file is not None:
+                file.close()
+        finally:
+            with suppress(FileNotFoundError):
+                os.unlink(self._temporary)
 
     def _finish(self) -> None:
         """Write the header; all that is left is to give the file its name."""

@@ -1,7 +1,7 @@
 """What every command shares: an argument parser with one-line errors, and exceptions turned into exit codes.
 
 Exit codes: 0 fine, 2 the user's input was wrong, 1 our fault, 130 Ctrl-C, 141 the reader of our output has
-gone, 143 asked to end. Every failure is one line on stderr; `--debug` shows the traceback instead.
+gone, 143 or 129 asked to end. Every failure is one line on stderr; `--debug` shows the traceback instead.
 """
 
 from __future__ import annotations
@@ -10,12 +10,11 @@ import argparse
 import os
 import signal
 import sys
-import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 OUR_PACKAGES = frozenset({"formats", "runtime", "tools", "native"})
 
@@ -116,20 +115,19 @@ def _silence_stdout() -> None:
 
 @contextmanager
 def _terminate_as_exit() -> Iterator[None]:
-    """Make SIGTERM an ordinary exit, so that `with` blocks remove their temporary files."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+    """Make SIGTERM and SIGHUP an ordinary exit, so that `with` blocks remove their temporary files."""
 
     def leave(signum: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + signum)
 
-    try:
-        before = signal.signal(signal.SIGTERM, leave)
-    except (ValueError, OSError):
-        yield
-        return
+    before: dict[int, Any] = {}
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        with suppress(ValueError, OSError):  # not the main thread
+            if number is not None and signal.getsignal(number) is signal.SIG_DFL:  # nohup stays in force
+                before[number] = signal.signal(number, leave)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

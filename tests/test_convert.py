@@ -362,7 +362,7 @@ def test_command_as_a_process(folder: Path) -> None:
     assert process.returncode == 2 and err.count("\n") == 1 and "--overwrite" in err
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_stopped_process_leaves_nothing(tmp_path: Path, number: int, code: int) -> None:
     big = {"hidden_size": 512, "intermediate_size": 2048, "vocab_size": 512, "num_hidden_layers": 3}
     folder = tmp_path / "source"
