@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BackendError
-from .numba_backend import CompiledKernels
+from .compiled_backend import CompiledKernels
 from .selftest import Checked
 
 _BUILD = "build the library with `python -m native.build`"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import cache
 from importlib.metadata import version
 
+from .compiled_backend import CompiledKernels
 from .compiling import cpu, folder, kernel
-from .numba_backend import CompiledKernels
 from .selftest import Checked
 
 

@@ -21,7 +21,7 @@ from ..errors import KernelDiffers
 from ..projections import Decoder
 from ..ring_codecs import CODECS as RING_CODECS
 from ..rope import angles, frequencies
-from .numba_backend import CompiledKernels
+from .compiled_backend import CompiledKernels
 from .numpy_backend import NumpyKernels
 from .words import SPAN
 
