@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -16,15 +15,22 @@ from formats.source import expected_tensors, shorten
 from .cache import KVRing
 from .config import ModelConfig
 from .errors import CacheError
+from .fair_lock import FairLock
 from .kernels import Kernels, get_kernels
 from .projections import Projections
 from .rope import angles, frequencies
 
-Logits = Literal["last", "all"] | None
+Logits = Literal["last", "all", "states"] | None
+
+
+class Signal(Protocol):
+    """What says that the caller wants to stop: a threading.Event, say."""
+
+    def is_set(self) -> bool: ...
 
 
 class Cancelled(Exception):
-    """The caller asked to stop in the middle of a prompt; the cache holds the chunks that were finished."""
+    """The caller asked to stop; the cache holds the chunks that were finished before."""
 
 
 class Layer:
@@ -64,7 +70,8 @@ class RunState:
 class Model:
     """A packed model and the backend that runs it. Weights stay in the mapped file.
 
-    One call at a time runs; others wait. Sessions differ in their `KVRing` alone.
+    Calls take turns, chunk by chunk: a long prompt does not hold up the others. Sessions differ in their
+    `KVRing` alone.
     """
 
     def __init__(self, file: TritFile, config: ModelConfig, kernels: Kernels, kv: str = "auto") -> None:
@@ -79,7 +86,7 @@ class Model:
         self.nbytes = sum(t.nbytes for t in file.tensors.values())
         self._freqs = frequencies(config)
         self._state = RunState(config, 1)
-        self._lock = threading.Lock()
+        self._lock = FairLock()
 
     @classmethod
     def load(
@@ -122,14 +129,14 @@ class Model:
         cache: KVRing,
         logits: Logits = "last",
         progress: Callable[[int, int], None] | None = None,
-        cancel: threading.Event | None = None,
+        cancel: Signal | None = None,
     ) -> np.ndarray | None:
         """Append tokens to the context and return the scores of what may follow.
 
-        ids: (n,) integers; logits: which positions are wanted
-        returns: (vocab_size,) float32 for "last", (n, vocab_size) float32 for "all", else None
+        ids: (n,) integers; logits: which positions are wanted, or "states" for what scores are computed from
+        returns: (vocab_size,) float32 for "last", (n, vocab_size) for "all", (n, dim) for "states", else None
         progress is called with (tokens done, tokens in all) after each chunk.
-        Raises ValueError for ids outside the vocabulary or none at all, Cancelled between chunks.
+        Raises ValueError for ids outside the vocabulary or none at all, Cancelled between layers.
         """
         tokens = np.asarray(ids, np.int64)
         if tokens.ndim != 1 or not len(tokens):
@@ -138,27 +145,27 @@ class Model:
             raise ValueError(f"a token id lies outside 0..{self.config.vocab_size - 1}")
         if (cache.config, cache.modules) != (self.config, self.modules):
             raise CacheError("this context belongs to another model")
-        with self._lock:
-            if logits == "all":
-                scores = np.empty((len(tokens), self.config.vocab_size), np.float32)
-            else:
-                scores = np.empty((1, self.config.vocab_size), np.float32)
-            for start in range(0, len(tokens), cache.chunk):
-                if cancel is not None and cancel.is_set():
-                    raise Cancelled
-                chunk = tokens[start : start + cache.chunk]
-                hidden = self._blocks(chunk, cache)
-                if logits == "all":
-                    self._classify(hidden, scores[start : start + len(chunk)])
-                if progress is not None:
-                    progress(start + len(chunk), len(tokens))
-            if logits == "last":
-                self._classify(hidden[-1:], scores)
+        finish, width = self._classify, self.config.vocab_size
+        if logits == "states":
+            finish, width = self._normalize, self.config.dim
+        wanted = len(tokens) if logits in ("all", "states") else 1 if logits == "last" else 0
+        out = np.empty((wanted, width), np.float32)
+        for start in range(0, len(tokens), cache.chunk):
+            chunk = tokens[start : start + cache.chunk]
+            done = start + len(chunk)
+            with self._lock:
+                hidden = self._blocks(chunk, cache, cancel)
+                if wanted == len(tokens):
+                    finish(hidden, out[start:done])
+                elif wanted and done == len(tokens):
+                    finish(hidden[-1:], out)
+            if progress is not None:
+                progress(done, len(tokens))
         if logits is None:
             return None
-        return scores if logits == "all" else scores[0]
+        return out[0] if logits == "last" else out
 
-    def _blocks(self, ids: np.ndarray, cache: KVRing) -> np.ndarray:
+    def _blocks(self, ids: np.ndarray, cache: KVRing, cancel: Signal | None = None) -> np.ndarray:
         """Run the transformer blocks on one chunk and add it to the context.
 
         returns: (n, dim) float32, a buffer that the next chunk overwrites
@@ -173,6 +180,10 @@ class Model:
 
         x[:] = dequantize_rows(self.embeddings, ids)
         for i, layer in enumerate(self.layers):
+            if cancel is not None and cancel.is_set():
+                cache.advance(n)  # so that the ring knows what this chunk has written over
+                cache.trim(cache.length - n)
+                raise Cancelled
             ops.rmsnorm(x, layer.attention_norm, eps, xb)
             layer.wqkv(xb, (q, k, v))
             if layer.projections is None:
@@ -202,8 +213,12 @@ class Model:
     def _classify(self, hidden: np.ndarray, scores: np.ndarray) -> None:
         """hidden: (n, dim) float32; scores: (n, vocab_size) float32, written in place"""
         xb = np.empty_like(hidden)
-        self.kernels.rmsnorm(hidden, self.norm, self.config.norm_eps, xb)
+        self._normalize(hidden, xb)
         self.output(xb, (scores,))
+
+    def _normalize(self, hidden: np.ndarray, out: np.ndarray) -> None:
+        """hidden: (n, dim) float32; out: (n, dim) float32, written in place"""
+        self.kernels.rmsnorm(hidden, self.norm, self.config.norm_eps, out)
 
     def close(self) -> None:
         """Give back threads and the mapped file."""
