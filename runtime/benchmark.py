@@ -6,20 +6,19 @@ import platform
 import statistics
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from runtime.cache import KVRing
 from runtime.model import Model
 
 READ_BYTES = 1 << 29  # for each thread, up to four: far more than caches hold
 READ_REPEATS = 5
-WARM_UP_TOKENS = 2
 
 
 @dataclass(frozen=True)
@@ -69,37 +68,56 @@ def synthetic_ids(model: Model, count: int) -> list[int]:
     return [int(i) for i in ids]
 
 
-def prefill_speed(model: Model, n: int, depth: int, repeats: int) -> Speed:
-    """Time reading a prompt of n tokens after `depth` others."""
-    ids = synthetic_ids(model, n)
-    return _repeat(model, n, depth, repeats, lambda cache: model.forward(ids, cache, "last"))
+class Subject(Protocol):
+    """A model with some tokens in its context, which reads more and can be put back to where it was."""
+
+    def read(self, ids: Sequence[int]) -> None:
+        """Append tokens to the context and compute the scores of what follows the last one."""
+
+    def rewind(self) -> None:
+        """Forget all that was read since the beginning."""
 
 
-def decode_speed(model: Model, n: int, depth: int, repeats: int) -> Speed:
-    """Time generating n tokens, one by one, after `depth` others."""
-    ids = synthetic_ids(model, n)
+class Ours:
+    """A model of this runtime as a subject, with `depth` tokens in a context that has room for n more."""
 
-    def decode(cache: KVRing) -> None:
-        for token in ids:
-            model.forward([token], cache, "last")
+    def __init__(self, model: Model, n: int, depth: int) -> None:
+        self._model, self._depth = model, depth
+        self._cache = model.new_cache(max(2, depth + n))
+        if depth:
+            model.forward(synthetic_ids(model, depth), self._cache, None)
 
-    return _repeat(model, n, depth, repeats, decode)
+    def read(self, ids: Sequence[int]) -> None:
+        self._model.forward(ids, self._cache, "last")
+
+    def rewind(self) -> None:
+        self._cache.trim(self._depth)
 
 
-def _repeat(model: Model, n: int, depth: int, repeats: int, work: Callable[[KVRing], object]) -> Speed:
-    """Run `work` at the same depth again and again; the first run is a warm-up and is not counted."""
-    cache = model.new_cache(max(2, depth + n))
-    if depth:
-        model.forward(synthetic_ids(model, depth), cache, None)
-    speeds = []
+def compare(subjects: Sequence[Subject], ids: Sequence[int], generate: bool, repeats: int) -> list[list[float]]:
+    """Time all subjects in turn, again and again, so that what else the machine does meets all alike.
+
+    ids: (n,) read as one prompt, or one by one as they are in generation
+    returns: tokens per second, (repeats,) for each subject; the first round is a warm-up and is not counted
+    """
+    speeds: list[list[float]] = [[] for _ in subjects]
     for number in range(repeats + 1):
-        start = time.perf_counter()
-        work(cache)
-        seconds = time.perf_counter() - start
-        if number:
-            speeds.append(n / seconds)
-        cache.trim(depth)
-    return Speed(statistics.mean(speeds), statistics.stdev(speeds) if repeats > 1 else 0.0)
+        for subject, found in zip(subjects, speeds, strict=True):
+            start = time.perf_counter()
+            if generate:
+                for token in ids:
+                    subject.read([token])
+            else:
+                subject.read(ids)
+            if number:
+                found.append(len(ids) / (time.perf_counter() - start))
+            subject.rewind()
+    return speeds
+
+
+def summarize(speeds: Sequence[float]) -> Speed:
+    """Give mean and standard deviation of some repeats."""
+    return Speed(statistics.mean(speeds), statistics.stdev(speeds) if len(speeds) > 1 else 0.0)
 
 
 def cpu_name() -> str:

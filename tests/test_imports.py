@@ -20,7 +20,7 @@ MAY_IMPORT = {
 }
 NATIVE_USER = "runtime/kernels/native_lib.py"
 NUMBA_HOME = "runtime/kernels/"
-PRINTERS = {"runtime/chat.py", "runtime/cli.py", "runtime/__main__.py"}
+PRINTERS = {"runtime/warmup.py", "runtime/chat.py", "runtime/cli.py", "runtime/__main__.py"}
 SLOW_TO_IMPORT = ("numba", "sentencepiece", "tiktoken", "gguf", "safetensors", "jinja2", "tokenizers", "cffi")
 
 

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ import pytest
 
 from formats.convert import convert
 from formats.source import open_source
-from runtime import evaluate
+from runtime import benchmark, evaluate, warmup
+from runtime.kernels.words import KERNELS
 from runtime.model import Model
 from runtime.tokenizer import load_tokenizer
 from tests import tiny
@@ -217,6 +219,35 @@ def test_bench_table(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert all("tg2" in row and row.count("|") == 9 for row in rows)
 
 
+def test_bench_takes_turns() -> None:
+    """Subjects are timed one after the other in every round, and put back after each."""
+    log: list[str] = []
+
+    class Subject:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def read(self, ids: Sequence[int]) -> None:
+            log.append(f"{self.name}{len(ids)}")
+
+        def rewind(self) -> None:
+            log.append("-")
+
+    speeds = benchmark.compare([Subject("a"), Subject("b")], [1, 2], generate=True, repeats=2)
+    assert [len(s) for s in speeds] == [2, 2] and all(rate > 0 for s in speeds for rate in s)
+    assert "".join(log) == "a1a1-b1b1-" * 3
+    log.clear()
+    benchmark.compare([Subject("a")], [1, 2], generate=False, repeats=1)
+    assert "".join(log) == "a2-a2-"
+
+
+def test_warmup_has_every_kernel_ready(capsys: pytest.CaptureFixture[str]) -> None:
+    assert warmup.main([]) == 0
+    out, err = capsys.readouterr()
+    assert out == "" and f"{sum(map(len, KERNELS.values()))} kernels are ready" in err
+    assert warmup.main(["--backend", "numpy"]) == 2
+
+
 # ---- what is wrong is told in one line --------------------------------------------------------------------
 
 
@@ -248,6 +279,7 @@ BAD: dict[str, tuple[str, ...]] = {
     "bench bad list": ("bench", "DIR/f16.trit", "-p", "8,x"),
     "bench nothing": ("bench", "DIR/f16.trit", "-p", "0", "-n", "0"),
     "bench too deep": ("bench", "DIR/f16.trit", "-d", "5000"),
+    "bench against nothing": ("bench", "DIR/f16.trit", "--against", "DIR/none.gguf"),
     "bench bad backend": ("bench", "DIR/f16.trit", "--backend", "abacus"),
 }  # fmt: skip
 

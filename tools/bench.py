@@ -9,6 +9,7 @@ import argparse
 import itertools
 import json
 import platform
+import statistics
 import sys
 from collections.abc import Sequence
 from importlib import metadata
@@ -23,6 +24,7 @@ from runtime.config import ModelConfig
 from runtime.model import Model
 from runtime.sizes import kv_bytes_per_token, weight_bytes_per_token
 from tools.arguments import add_model_arguments, natural_list, positive, positive_list
+from tools.peers import LlamaCpp
 
 GIGA = 1e9
 
@@ -42,6 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("-t", "--threads", type=positive_list, metavar="N", help="threads (default: all cores allowed)")
     parser.add_argument("-r", "--repetitions", type=positive, default=5, metavar="N", help="repeats of each test (5)")
+    against_help = "run llama.cpp on this file in turn with ours; ratios are medians over the pairs"
+    parser.add_argument("--against", metavar="FILE.gguf", help=against_help)
     parser.add_argument("--json", action="store_true", help="print a JSON list, one object per setting")
 
 
@@ -61,41 +65,55 @@ def measure(model: Model, threads: int, args: argparse.Namespace) -> list[dict[s
     bandwidth = benchmark.read_bandwidth(threads)
     about = describe(model, threads, args)
     found = []
-    done: dict[tuple[str, int, int], benchmark.Speed | None] = {}
+    done: dict[tuple[str, int, int], list[dict[str, Any] | None]] = {}
     for depth, n_prompt, n_gen in itertools.product(args.n_depth, args.n_prompt, args.n_gen):
-        for what, n, timed in (
-            ("pp", n_prompt, benchmark.prefill_speed),
-            ("tg", n_gen, benchmark.decode_speed),
-        ):
+        for what, n in (("pp", n_prompt), ("tg", n_gen)):
             if (what, n, depth) not in done:
-                done[what, n, depth] = timed(model, n, depth, args.repetitions) if n else None
-        found.append(
-            about
-            | {
-                "pp": as_json(done["pp", n_prompt, depth], n_prompt, depth),
-                "tg": as_json(done["tg", n_gen, depth], n_gen, depth),
-                "read_gb_s": bandwidth / GIGA,
-            }
-            | traffic(model, done["tg", n_gen, depth], n_gen, depth, bandwidth)
-        )
+                done[what, n, depth] = timed(model, threads, args, what, n, depth) if n else [None, None]
+        (pp, peer_pp), (tg, peer_tg) = done["pp", n_prompt, depth], done["tg", n_gen, depth]
+        result = about | {"pp": pp, "tg": tg} | traffic(model, tg, n_gen, depth, bandwidth)
+        if args.against:
+            peer = Path(args.against)
+            size = peer.stat().st_size
+            result["against"] = {"model": peer.name, "model_bytes": size, "pp": peer_pp, "tg": peer_tg}
+        found.append(result)
     return found
 
 
-def as_json(speed: benchmark.Speed | None, n: int, depth: int) -> dict[str, Any] | None:
-    """Give the object under "pp" or "tg"; None for a test that was not wanted."""
-    return None if speed is None else {"n": n, "depth": depth, "tok_s": speed.tok_s, "std": speed.std}
+def timed(
+    model: Model, threads: int, args: argparse.Namespace, what: str, n: int, depth: int
+) -> list[dict[str, Any] | None]:
+    """Run one test. returns: the objects under "pp" or "tg" for the model and for what it is compared with"""
+    ours = benchmark.Ours(model, n, depth)
+    ids = benchmark.synthetic_ids(model, n)
+    if not args.against:
+        (speeds,) = benchmark.compare([ours], ids, what == "tg", args.repetitions)
+        return [as_json(speeds, n, depth), None]
+    peer = LlamaCpp(args.against, threads, depth + n, benchmark.synthetic_ids(model, depth))
+    try:
+        speeds, theirs = benchmark.compare([ours, peer], ids, what == "tg", args.repetitions)
+    finally:
+        peer.close()
+    ratio = statistics.median(a / b for a, b in zip(speeds, theirs, strict=True))
+    return [as_json(speeds, n, depth), as_json(theirs, n, depth) | {"ratio": ratio}]
 
 
-def traffic(model: Model, speed: benchmark.Speed | None, n_gen: int, depth: int, bandwidth: float) -> dict[str, Any]:
+def as_json(speeds: Sequence[float], n: int, depth: int) -> dict[str, Any]:
+    """Give the object under "pp" or "tg"."""
+    speed = benchmark.summarize(speeds)
+    return {"n": n, "depth": depth, "tok_s": speed.tok_s, "std": speed.std}
+
+
+def traffic(model: Model, tg: dict[str, Any] | None, n_gen: int, depth: int, bandwidth: float) -> dict[str, Any]:
     """Tell what decoding one token reads, and how near to the speed of memory that comes."""
     weights = weight_bytes_per_token(model.file, model.config)
     kv = kv_bytes_per_token(model.config, model.new_cache(2).codec, model.modules)
     total = weights + kv * (depth + n_gen // 2)
-    per_second = 0.0 if speed is None else total * speed.tok_s
+    per_second = 0.0 if tg is None else total * tg["tok_s"]
     return {
-        "bytes_per_token": total, "weight_bytes_per_token": weights,
-        "tg_gb_s": per_second / GIGA if speed else None,
-        "tg_fraction": per_second / bandwidth if speed else None,
+        "read_gb_s": bandwidth / GIGA, "bytes_per_token": total, "weight_bytes_per_token": weights,
+        "tg_gb_s": per_second / GIGA if tg else None,
+        "tg_fraction": per_second / bandwidth if tg else None,
     }  # fmt: skip
 
 
@@ -115,26 +133,33 @@ def describe(model: Model, threads: int, args: argparse.Namespace) -> dict[str, 
 def show(results: list[dict[str, Any]]) -> None:
     """Print a table in Markdown, one line per test."""
     first = results[0]
+    against = "against" in first
     print(f"{first['cpu']}; {first['kernels']}; activations {first['activations']}\n")
-    print("| model | MB | backend | threads | test | tok/s | GB/s | of memory's GB/s |")
-    print("|---|---|---|---|---|---|---|---|")
-    seen = set()
+    columns = "| model | MB | backend | threads | test | tok/s | GB/s | of memory's GB/s |"
+    print(f"{columns} {first['against']['model']} | ratio |" if against else columns)
+    print("|---" * (10 if against else 8) + "|")
+    lines: dict[str, None] = {}  # a test that stands in several results is printed once
     for result in results:
-        name, size = result["model"], result["model_bytes"] / 1e6
-        start = f"| {name} | {size:.0f} | {result['backend']} | {result['threads']} |"
+        start = f"| {result['model']} | {result['model_bytes'] / 1e6:.0f} | {result['backend']} | {result['threads']} |"
         for what in ("pp", "tg"):
-            test = result[what]
-            if test is None:
+            if result[what] is None:
                 continue
-            label = f"{what}{test['n']}" + (f" @ d{test['depth']}" if test["depth"] else "")
-            rate = f"{test['tok_s']:.2f} ± {test['std']:.2f}"
-            memory = "|"
-            if what == "tg":
-                memory = f"{result['tg_gb_s']:.1f} | {result['tg_fraction']:.0%} of {result['read_gb_s']:.1f}"
-            line = f"{start} {label} | {rate} | {memory} |"
-            if line not in seen:
-                print(line)
-            seen.add(line)
+            memory = f"{result['tg_gb_s']:.1f} | {result['tg_fraction']:.0%} of {result['read_gb_s']:.1f}"
+            line = f"{start} {what}{_cells(result[what])} | {memory if what == 'tg' else '|'} |"
+            if against:
+                line += f" {rate(theirs := result['against'][what])} | {theirs['ratio']:.2f} |"
+            lines[line] = None
+    print("\n".join(lines))
+
+
+def _cells(test: dict[str, Any]) -> str:
+    depth = f" @ d{test['depth']}" if test["depth"] else ""
+    return f"{test['n']}{depth} | {rate(test)}"
+
+
+def rate(test: dict[str, Any]) -> str:
+    """Give tokens per second with their deviation."""
+    return f"{test['tok_s']:.2f} ± {test['std']:.2f}"
 
 
 def command(argv: Sequence[str]) -> int:

@@ -15,7 +15,6 @@ import platform
 import tempfile
 import threading
 import zlib
-from collections.abc import Callable
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -128,14 +127,3 @@ def _warn(message: str) -> None:
 def _announce() -> None:
     """Say once that there is a wait."""
     log.info("compiling kernels for this CPU; this happens once and takes up to a minute")
-
-
-def compile_all(progress: Callable[[int, int, str], None] | None = None) -> None:
-    """Have every kernel ready. progress is called with (done, total, name) before each."""
-    from .words import KERNELS
-
-    every = [(module, function) for module, functions in KERNELS.items() for function in functions]
-    for i, (module, function) in enumerate(every):
-        if progress:
-            progress(i, len(every), f"{module}.{function}")
-        kernel(module, function)
