@@ -145,7 +145,8 @@ class Model:
             raise ValueError(f"a token id lies outside 0..{self.config.vocab_size - 1}")
         if (cache.config, cache.modules) != (self.config, self.modules):
             raise CacheError("this context belongs to another model")
-        finish, width = self._classify, self.config.vocab_size
+        finish: Callable[[np.ndarray, np.ndarray], None] = self._classify
+        width = self.config.vocab_size
         if logits == "states":
             finish, width = self._normalize, self.config.dim
         wanted = len(tokens) if logits in ("all", "states") else 1 if logits == "last" else 0
