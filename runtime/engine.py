@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,10 +15,13 @@ from typing import Any, TypeVar
 
 from .chat_format import ChatFormat, ChatFormatError, select_format
 from .chat_pieces import Message, check_messages
-from .generate import DEFAULT_SINKS, Run, Session, TextPiece, common_length, generate_text
-from .model import Model
+from .fair_lock import FairLock
+from .generate import DEFAULT_SINKS, Criterion, Run, Session, TextPiece, common_length, generate_text
+from .model import Model, Signal
 from .options import (
+    callables,
     check_arguments,
+    check_bias,
     check_max_tokens,
     check_memory,
     check_prompt,
@@ -24,7 +29,7 @@ from .options import (
     defaults_of_file,
     ring_codec,
 )
-from .sampler import OptionError, Sampler
+from .sampler import OptionError, Processor, Sampler
 from .sizes import kv_bytes_per_token
 from .tokenizer import load_tokenizer
 
@@ -41,12 +46,34 @@ class BusyError(RuntimeError):
     """The thread that asks is itself in the middle of an answer: waiting for it would never end."""
 
 
+class _Users:
+    """Counts the contexts over a model. The last that closes, or is dropped, gives the model back."""
+
+    def __init__(self, model: Model) -> None:
+        self._model, self._count = model, 0
+        self._lock = threading.RLock()  # a garbage collection may drop one context while another is counted
+
+    def add(self) -> None:
+        with self._lock:
+            self._count += 1
+
+    def remove(self) -> None:
+        with self._lock:
+            self._count -= 1
+            if not self._count:
+                self._model.close()
+
+
 class Engine:
     """A model, its tokenizer and chat format, one context, and a lock that lets one call at a time use it.
 
     The arguments and errors are those of Llama. Here a run is prepared in one step and done in another,
     which is how interactive programs use it.
     """
+
+    _session: Session
+    _owner: int | None
+    _closed: bool
 
     def __init__(
         self,
@@ -64,11 +91,12 @@ class Engine:
         keep: int | None = None,
     ) -> None:
         check_arguments(n_ctx=n_ctx, n_batch=n_batch, n_threads=n_threads, kv=kv, keep=keep, seed=seed)
+        self._arguments = {
+            "n_ctx": n_ctx, "n_threads": n_threads, "backend": backend, "kv": kv, "seed": seed,
+            "activations": activations, "n_batch": n_batch, "chat_format": chat_format, "jinja": jinja, "keep": keep,
+        }  # fmt: skip
         self.path = Path(model_path)
         self.seed, self.keep, self._kv = seed, keep, ring_codec(kv)
-        self._lock = threading.Lock()
-        self._owner: int | None = None
-        self._closed = False
         self.model = Model.load(self.path, backend=backend, n_threads=n_threads, activations=activations)
         try:
             self.config = self.model.config
@@ -81,10 +109,21 @@ class Engine:
             self.defaults = defaults_of_file(self.model.file.header.get("generation"), str(self.path))
             self._select_chat_format(chat_format, jinja)
             check_memory(kv_bytes_per_token(self.config) * (self.n_ctx + n_batch), self.n_ctx)
-            self._session = Session(self.model, self.n_ctx, n_batch, self._kv)
+            self._n_batch, self._users = n_batch, _Users(self.model)
+            self._open_session()
         except BaseException:
             self.model.close()
             raise
+
+    def session(self: Self) -> Self:
+        """Open another context over the same model: it has its own cache and lock, and shares the weights.
+
+        Each is closed for itself; the model goes with the last of them.
+        """
+        self._check_open()
+        other = copy.copy(self)
+        other._open_session()
+        return other
 
     def tokenize(self, text: str, add_bos: bool = True, special: bool = False) -> list[int]:
         """Return the ids of a text. add_bos: a BOS where the model's tokenizer adds one; special: read
@@ -101,7 +140,9 @@ class Engine:
         """Make a sampler: options that are None come from the model's file. Raises OptionError."""
         self._check_open()
         given = {name: value for name, value in options.items() if value is not None}
-        return Sampler(seed=self.seed if seed is None else seed, **{**self.defaults, **given})
+        sampler = Sampler(seed=self.seed if seed is None else seed, **{**self.defaults, **given})
+        check_bias(sampler.options.logit_bias, self.config.vocab_size)
+        return sampler
 
     def prepare_chat(
         self, messages: Sequence[Mapping[str, Any] | Message], sampler: Sampler, **options: Any
@@ -126,8 +167,10 @@ class Engine:
         *,
         max_tokens: int | None = None,
         stop: str | Sequence[str] | None = None,
-        cancel: threading.Event | None = None,
+        cancel: Signal | None = None,
         progress: Progress | None = None,
+        processors: Processor | Sequence[Processor] | None = None,
+        criteria: Criterion | Sequence[Criterion] | None = None,
         sinks: int = DEFAULT_SINKS,
         slide: bool = False,
     ) -> Run:
@@ -145,12 +188,16 @@ class Engine:
         return Run(
             ids, sampler, self.tokenizer.eos_ids, max_tokens, check_stop(stop),
             sinks=sinks, cancel=cancel, progress=progress,
+            processors=callables(processors, "logits_processor"),
+            criteria=callables(criteria, "stopping_criteria"),
         )  # fmt: skip
 
     def pieces(self, run: Run) -> Iterator[TextPiece]:
-        """Do a run and yield its text as it comes; run.stats tells the rest."""
+        """Do a run and yield its text as it comes; run.stats tells the rest. Any thread may read on."""
         with self._exclusive():
-            yield from generate_text(self._session, self.tokenizer, run)
+            for piece in generate_text(self._session, self.tokenizer, run):
+                yield piece
+                self._owner = threading.get_ident()
 
     @property
     def is_base(self) -> bool:
@@ -185,7 +232,7 @@ class Engine:
         with self._exclusive():
             self._closed = True
             del self._session
-            self.model.close()
+            self._finalizer()
 
     def __enter__(self: Self) -> Self:
         return self
@@ -193,9 +240,28 @@ class Engine:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        try:
+            self.close()
+        except BusyError:
+            if error is None:
+                raise
+            logger.warning("%s stays open: an answer is still being streamed", self.path)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the way to open it again: the path and the arguments, not what the context holds."""
+        return _open, (type(self), os.path.abspath(self.path), self._arguments)
 
     # ==== Private ====
+
+    def _open_session(self) -> None:
+        self._lock = FairLock()
+        self._owner = None
+        self._pid = os.getpid()
+        self._closed = False
+        self._session = Session(self.model, self.n_ctx, self._n_batch, self._kv)
+        self._users.add()
+        self._finalizer = weakref.finalize(self, self._users.remove)
+        self._finalizer.atexit = False  # at exit threads may still be at work
 
     def _select_chat_format(self, name: str | None, jinja: bool) -> None:
         """Choose the chat format; that a file has none to use matters only once a chat is asked for."""
@@ -218,6 +284,10 @@ class Engine:
             raise BusyError("an answer is still being streamed: read it to its end or close its iterator")
         with self._lock:
             self._check_open()
+            if self._pid != os.getpid():
+                self._pid = os.getpid()
+                if self._owner is not None:  # a fork in the middle of another thread's call
+                    self._session.reset()
             self._owner = me
             try:
                 yield
@@ -227,3 +297,7 @@ class Engine:
     def _check_open(self) -> None:
         if self._closed:
             raise ValueError("this Llama is closed")
+
+
+def _open(engine: type[Engine], path: str, arguments: dict[str, Any]) -> Engine:
+    return engine(path, **arguments)

@@ -17,3 +17,7 @@ class KernelDiffers(BackendError):
 
 class CacheError(ValueError):
     """The KV ring does not hold what was asked of it."""
+
+
+class LogitsError(FloatingPointError):
+    """The model's scores are no numbers that a token could be chosen by."""

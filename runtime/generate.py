@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import CacheError
-from .model import Cancelled
-from .sampler import Sampler
+from .model import Cancelled, Signal
+from .sampler import Processor, Sampler, process
 from .tokenizer import StreamDecoder
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 Floats = npt.NDArray[np.float32]
 Progress = Callable[[int, int], None]
+Criterion = Callable[[Sequence[int], Floats], bool]
 
 DEFAULT_SINKS = 4
 
@@ -94,7 +95,7 @@ class Session:
     def forward(
         self,
         ids: Sequence[int],
-        cancel: threading.Event | None = None,
+        cancel: Signal | None = None,
         progress: Progress | None = None,
     ) -> Floats | None:
         """Read ids into the ring; returns the logits after the last, (vocab_size,) float32.
@@ -134,7 +135,10 @@ class Run:
 
     max_tokens: -1 goes on until a stop; sinks: first tokens that never slide out of the ring;
     continuation: the text goes on from the prompt's, so that a space in front of its first word counts;
-    watch: called with (id, logits) for each token before it is yielded, logits (vocab_size,) float32.
+    processors: change the logits before the sampler sees them; criteria: called with (ids so far, the logits
+    that the last was chosen from), True ends the run after it, which is a "stop";
+    watch: called with (id, logits) for each token before it is yielded, logits (vocab_size,) float32;
+    closed: set to end the run as `cancel` does, by whoever holds its iterator.
     """
 
     prompt: Sequence[int]
@@ -144,14 +148,17 @@ class Run:
     stop: Sequence[str] = ()
     sinks: int = DEFAULT_SINKS
     continuation: bool = True
-    cancel: threading.Event | None = None
+    cancel: Signal | None = None
     progress: Progress | None = None
+    processors: Sequence[Processor] = ()
+    criteria: Sequence[Criterion] = ()
     watch: Callable[[int, Floats], None] | None = None
+    closed: threading.Event = field(default_factory=threading.Event)
     stats: Stats = field(default_factory=Stats)
 
-    @property
-    def cancelled(self) -> bool:
-        return self.cancel is not None and self.cancel.is_set()
+    def is_set(self) -> bool:
+        """Whether the run is to end now: a run is its own signal to the forward pass."""
+        return self.closed.is_set() or (self.cancel is not None and self.cancel.is_set())
 
 
 def generate(session: Session, run: Run) -> Iterator[int]:
@@ -164,18 +171,18 @@ def generate(session: Session, run: Run) -> Iterator[int]:
     stats.prompt_tokens = len(run.prompt)
     started = time.perf_counter()
     stats.reused_tokens = session.keep_common(run.prompt, run.sinks)
-    logits = session.forward(list(run.prompt[stats.reused_tokens :]), run.cancel, run.progress)
+    logits = session.forward(list(run.prompt[stats.reused_tokens :]), run, run.progress)
     stats.prompt_seconds = time.perf_counter() - started
     history = list(run.prompt)
     while True:
-        if logits is None or run.cancelled:
+        if logits is None or run.is_set():
             stats.finish_reason = "cancelled"
             return
         if stats.generated_tokens == run.max_tokens:
             stats.finish_reason = "length"
             return
         started = time.perf_counter()
-        token = run.sampler(logits, history)
+        token = run.sampler(process(logits, history, run.processors), history)
         if token in run.stop_ids:
             stats.finish_reason = "stop"
             return
@@ -185,10 +192,13 @@ def generate(session: Session, run: Run) -> Iterator[int]:
         history.append(token)
         stats.seconds += time.perf_counter() - started
         yield token
+        if any(criterion(history, logits) for criterion in run.criteria):
+            stats.finish_reason = "stop"
+            return
         if stats.generated_tokens == run.max_tokens:
             continue  # the last token's successor is not wanted, so it is not evaluated
         started = time.perf_counter()
-        logits = session.forward([token], run.cancel)
+        logits = session.forward([token], run)
         stats.decoded += 1
         stats.seconds += time.perf_counter() - started
 

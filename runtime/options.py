@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from numbers import Integral
 from typing import Any
 
@@ -84,6 +84,21 @@ def check_prompt(ids: Any, vocab_size: int, n_ctx: int | None) -> list[int]:
             f"the prompt has {len(array)} tokens, the context holds {n_ctx}; shorten it or raise n_ctx (-c)"
         )
     return [int(i) for i in array]
+
+
+def check_bias(bias: Mapping[int, float], vocab_size: int) -> None:
+    """Raise OptionError if a logit bias names a token that does not exist."""
+    wrong = [token for token in bias if token >= vocab_size]
+    if wrong:
+        raise OptionError(f"logit_bias: there is no token {wrong[0]}; ids go from 0 to {vocab_size - 1}")
+
+
+def callables(value: Any, name: str) -> list[Callable[..., Any]]:
+    """Return one function or several as a list. Raises OptionError for anything else."""
+    found = [] if value is None else [value] if callable(value) and not isinstance(value, list) else value
+    if not isinstance(found, (list, tuple)) or not all(map(callable, found)):
+        raise OptionError(f"{name} must be a function or a list of functions, got {value!r}")
+    return list(found)
 
 
 def log_probs(top: Any, name: str) -> LogProbs | None:

@@ -1,6 +1,6 @@
 """From logits to the next token.
 
-The steps, in order: repeat penalty, presence and frequency penalty, logit bias, top-k, top-p, min-p,
+The steps, in order: the caller's processors, repeat penalty, presence and frequency penalty, logit bias, top-k, top-p, min-p,
 temperature. The last four stand as in llama.cpp's default chain: the temperature does not change what is cut.
 """
 
@@ -9,17 +9,23 @@ from __future__ import annotations
 import math
 import numbers
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from .errors import LogitsError
+
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.int64]
 
+# From the ids so far, the prompt's included, and (vocab_size,) logits to other logits; -inf forbids a token.
+Processor = Callable[[Sequence[int], Floats], Floats]
+
+LARGEST_BIAS = 1e6
 FIRST_GUESS = 256  # candidates tried first for top-p over the whole vocabulary
 
 
@@ -53,9 +59,9 @@ class SamplingOptions:
         _check_whole("top_k", self.top_k, 0)
         _check_number("top_p", self.top_p, 0, 1)
         _check_number("min_p", self.min_p, 0, 1)
-        _check_number("repeat_penalty", self.repeat_penalty, 0)
-        if self.repeat_penalty == 0:
-            raise OptionError("repeat_penalty must be more than 0, got 0; 1 switches it off")
+        _check_number("repeat_penalty", self.repeat_penalty, 0, 100)
+        if self.repeat_penalty < 0.01:
+            raise OptionError(f"repeat_penalty must be 0.01 or more, got {self.repeat_penalty}; 1 switches it off")
         _check_whole("repeat_last_n", self.repeat_last_n, -1)
         _check_number("presence_penalty", self.presence_penalty, -2, 2)
         _check_number("frequency_penalty", self.frequency_penalty, -2, 2)
@@ -88,7 +94,8 @@ class Sampler:
         """Choose the next id.
 
         logits: (vocab_size,) float32, left as they are; recent: all ids so far, the prompt's included
-        Raises OptionError if a biased id is not in the vocabulary or nothing is left to choose from.
+        Raises OptionError if a biased id is not in the vocabulary or nothing is left to choose from,
+        LogitsError for logits that are no numbers.
         """
         if self.options.temperature == 0:
             return int(np.argmax(self._adjust(logits, recent)))
@@ -118,6 +125,8 @@ class Sampler:
     def _adjust(self, logits: Floats, recent: Sequence[int]) -> Floats:
         """Apply penalties and biases; the caller's array is copied only if there are any."""
         options = self.options
+        if not math.isfinite(best := float(logits.max())) and best != -math.inf:
+            raise LogitsError(f"a logit is {best}: the model's file is damaged, or a logits processor gave it")
         if options.penalises and len(recent) > 0:
             logits = _penalise(logits.copy(), recent, options)
         if options.logit_bias:
@@ -128,9 +137,7 @@ class Sampler:
                 logits[token] += np.float32(bias)
         best = float(logits.max())
         if best == -math.inf:
-            raise OptionError("logit_bias forbids every token")
-        if not math.isfinite(best):
-            raise FloatingPointError(f"the model gave a logit of {best}")
+            raise OptionError("every token is forbidden, by logit_bias or a logits processor")
         return logits
 
     def _candidates(self, logits: Floats) -> tuple[Ids, Doubles, float]:
@@ -152,6 +159,24 @@ class Sampler:
             if count >= len(logits) or np.exp(values - log_total).sum() >= options.top_p:
                 return ids, values, log_total
             count *= 8
+
+
+def process(logits: Floats, ids: Sequence[int], processors: Sequence[Processor]) -> Floats:
+    """Pass logits through the caller's processors; the array given is left as it is.
+
+    Raises OptionError if what comes back are no logits of the same number.
+    """
+    if not processors:
+        return logits
+    found = logits.copy()
+    for processor in processors:
+        found = np.asarray(processor(ids, found))
+        if found.shape != logits.shape or found.dtype.kind != "f":
+            raise OptionError(
+                f"a logits processor must return {len(logits)} floating-point logits, "
+                f"it returned {found.dtype} of shape {found.shape}"
+            )
+    return found.astype(np.float32, copy=False)
 
 
 def check_seed(seed: int | None) -> None:
@@ -229,5 +254,7 @@ def _checked_bias(bias: Any) -> dict[int, float]:
             raise OptionError(f"logit_bias[{token}] must be a number, got {value!r}")
         if math.isnan(value) or value == math.inf:
             raise OptionError(f"logit_bias[{token}] must be finite or -inf, got {value}")
+        if value != -math.inf and not -LARGEST_BIAS <= float(value) <= LARGEST_BIAS:
+            raise OptionError(f"logit_bias[{token}] must be from -1e6 to 1e6 or -inf, got {value}")
         checked[int(token)] = float(value)
     return checked

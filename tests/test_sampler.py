@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from runtime.errors import LogitsError
 from runtime.sampler import OptionError, Sampler, SamplingOptions, log_probabilities
 
 PLAIN = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
@@ -133,7 +134,7 @@ def test_top_p_without_top_k_over_a_large_vocabulary(top_p: float) -> None:
         ("top_k", 1.5, "top_k must be a whole number"),
         ("top_p", 1.01, "top_p must be from 0 to 1, got 1.01"),
         ("min_p", "a", "min_p must be a number"),
-        ("repeat_penalty", 0, "repeat_penalty must be more than 0"),
+        ("repeat_penalty", 0, "repeat_penalty must be 0.01 or more"),
         ("repeat_last_n", -2, "repeat_last_n must be -1 or more"),
         ("presence_penalty", 2.5, "presence_penalty must be from -2 to 2"),
         ("frequency_penalty", -3, "frequency_penalty"),
@@ -160,9 +161,9 @@ def test_unknown_options_and_impossible_biases() -> None:
         Sampler(tfs_z=1.0)
     with pytest.raises(OptionError, match="there is no token 4, only 0 to 3"):
         Sampler(logit_bias={4: 1.0})(FOUR)
-    with pytest.raises(OptionError, match="forbids every token"):
+    with pytest.raises(OptionError, match="every token is forbidden"):
         Sampler(logit_bias=dict.fromkeys(range(4), -math.inf))(FOUR)
-    with pytest.raises(FloatingPointError):
+    with pytest.raises(LogitsError, match="a logit is nan"):
         Sampler()(np.array([0.0, math.nan], np.float32))
 
 
