@@ -191,6 +191,8 @@ class TritWriter:
             raise FileNotFoundError(errno.ENOENT, "no such folder to write to", folder)
         if os.path.isdir(self._target):
             raise IsADirectoryError(errno.EISDIR, "is a folder; expected a file name to write to", self.path)
+        if os.path.exists(self._target) and not os.path.isfile(self._target):
+            raise FileExistsError(errno.EEXIST, "is a device or a pipe; expected a file name to write to", self.path)
         if os.path.exists(self._target) and not self.overwrite:
             message = "exists already; choose another name, or overwrite it with --overwrite (overwrite=True)"
             raise FileExistsError(errno.EEXIST, message, self.path)

@@ -70,6 +70,7 @@ def run(main_func: Callable[[list[str]], int | None], argv: Sequence[str] | None
     main_func: takes the list of arguments, returns the exit code (None is 0); argv: default sys.argv[1:].
     """
     args = list(sys.argv[1:] if argv is None else argv)
+    _open_closed_streams()
     try:
         with _terminate_as_exit():
             code = main_func(args) or 0
@@ -89,6 +90,13 @@ def run(main_func: Callable[[list[str]], int | None], argv: Sequence[str] | None
         else:
             _say(f"error: {describe(exc)}")
         return 2 if is_expected(exc) else 1
+
+
+def _open_closed_streams() -> None:
+    """Give a process that was started without some standard streams empty ones, before a file gets their numbers."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
 
 
 def _exit_code(exc: SystemExit) -> int:

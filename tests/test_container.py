@@ -166,6 +166,13 @@ def test_an_open_file_survives_its_replacement(tmp_path):
         assert list(new.tensors) == ["big"]
 
 
+def test_a_pipe_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "m.trit")
+    with pytest.raises(FileExistsError, match="device or a pipe"):
+        TritWriter(tmp_path / "m.trit", {}, [], overwrite=True)
+    assert (tmp_path / "m.trit").is_fifo() and len(list(tmp_path.iterdir())) == 1
+
+
 # ======== the writer leaves a whole file or none
 
 

@@ -300,6 +300,14 @@ def test_trit_is_python_m(folder: Path) -> None:
     assert bad.returncode == 2 and bad.stdout == "" and one_line(bad.stderr)
 
 
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_do_no_harm(folder: Path, closed: str) -> None:
+    command = f'exec "$0" -m tools.inspect "$1" {closed}'
+    done = subprocess.run(["sh", "-c", command, sys.executable, folder / "f16.trit"], capture_output=True, cwd=ROOT)
+    assert done.returncode == 0 and done.stderr == b""
+    assert bool(done.stdout) == (">&-" not in closed.split())
+
+
 def test_trit_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = in_process(capsys, "--help")
     assert code == 0 and all(name in out for name in cli.COMMANDS)
