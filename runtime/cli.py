@@ -96,7 +96,7 @@ def _open_closed_streams() -> None:
     """Give a process that was started without some standard streams empty ones, before a file gets their numbers."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - kept open
 
 
 def _exit_code(exc: SystemExit) -> int:
