@@ -20,6 +20,7 @@ import numpy as np
 from .codec_base import Rows, Streamed
 from .codecs import CODECS, align
 from .errors import SourceError
+from .kv_modules import FEATURE, module_tensors
 from .plan import (
     KEEP,
     KEPT,
@@ -229,8 +230,10 @@ def _blaming(item: Planned) -> Iterator[None]:
 def _metadata(source: Source, progress: Progress | None) -> dict[str, Any]:
     root = source.path if source.path.is_dir() else source.path.parent
     dtypes = Counter(t.dtype for t in source.tensors.values())
+    modules, names = source.kv_modules, module_tensors(source.kv_modules, source.config)
+    about_modules = {FEATURE: [m.to_dict() for m in modules], "requires": [FEATURE]} if modules else {}
     return {
-        **source.sections,
+        **about_modules,
         "config": source.config,
         "tokenizer": source.tokenizer,
         "chat": source.chat,
@@ -241,6 +244,7 @@ def _metadata(source: Source, progress: Progress | None) -> dict[str, Any]:
             "dtypes": dict(sorted(dtypes.items())),
             "files": [_provenance(path, root, progress) for path in source.files],
             "converter": f"tritllama {__version__}",
+            **({"kv_names": {name: source.tensors[name].theirs for name in names}} if names else {}),
         },
     }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,9 @@ from .bnb import PackedTensor, split_packed
 from .errors import SourceError
 from .hf_config import check_quantization, config_from_hf
 from .hf_names import HF_NAMES, IGNORED_SUFFIX
+from .kv_detect import FoundModules, find_kv_modules
+from .kv_map import CONFIG_KEY, KVMap, check_kv_map, read_kv_map
+from .kv_modules import describe_modules
 from .licence import licence_of_folder
 from .safetensors_reader import StoredTensor, check_readable, open_folder
 from .source import Source, SourceTensor, check_tensors, read_json, read_text
@@ -24,8 +29,10 @@ NUMBERS_OF_GENERATION = ("temperature", "top_p", "top_k", "min_p", "typical_p", 
 EMBEDDING, HEAD = "tok_embeddings", "output"
 
 
-def open_hf(folder: Path) -> Source:
+def open_hf(folder: Path, kv_map: str | os.PathLike[str] | None = None) -> Source:
     """Open a folder with config.json and safetensors; the weights stay where they are.
+
+    kv_map: a file that names the learned KV modules
 
     Raises SourceError, UnsupportedError: everything that can be known without reading the weights.
     """
@@ -33,9 +40,16 @@ def open_hf(folder: Path) -> Source:
     raw = read_json(config_path)
     config = config_from_hf(raw, config_path)
     check_quantization(raw, config_path)
+    mapping = read_kv_map(kv_map) if kv_map else None
+    if mapping is None and CONFIG_KEY in raw:
+        mapping = check_kv_map(raw[CONFIG_KEY], config_path)
     notes: list[str] = []
     stored, weight_files = open_folder(folder)
-    tensors = _tensors(folder, stored, config, notes)
+    packed, plain = split_packed(stored)
+    found: dict[str, StoredTensor | PackedTensor] = {**packed, **plain}
+    modules = _kv_modules(folder, found, config, raw, mapping)
+    notes += [f"learned KV modules: {line}" for line in describe_modules(modules.modules)]
+    tensors = _tensors(folder, found, modules, config, notes)
     licence, licence_files = licence_of_folder(folder, raw.get("license"))
     generation = generation_from_hf(folder)
     tokenizer, blobs, tokenizer_files = _tokenizer(folder, raw, generation, notes)
@@ -53,31 +67,50 @@ def open_hf(folder: Path) -> Source:
         files=files,
         tensors=tensors,
         notes=notes,
+        kv_modules=modules.modules,
     )
 
 
 # ---- tensors --------------------------------------------------------------------------------------------
 
 
+def _kv_modules(
+    folder: Path,
+    found: Mapping[str, StoredTensor | PackedTensor],
+    config: dict[str, Any],
+    raw: dict[str, Any],
+    mapping: KVMap | None,
+) -> FoundModules:
+    """Look for learned KV modules among the tensors that a plain Llama does not have. Raises SourceError."""
+    others = {name: t for name, t in found.items() if HF_NAMES.ours(name) is None and not _is_ignored(name)}
+    shapes = {name: tensor.shape for name, tensor in others.items()}
+    files = {name: (t.weight if isinstance(t, PackedTensor) else t).path for name, t in others.items()}
+    return find_kv_modules(folder, shapes, config, raw, mapping, files)
+
+
+def _is_ignored(name: str) -> bool:
+    return name.endswith(IGNORED_SUFFIX)
+
+
 def _tensors(
-    folder: Path, stored: dict[str, StoredTensor], config: dict[str, Any], notes: list[str]
+    folder: Path,
+    found: Mapping[str, StoredTensor | PackedTensor],
+    modules: FoundModules,
+    config: dict[str, Any],
+    notes: list[str],
 ) -> dict[str, SourceTensor]:
-    packed, plain = split_packed(stored)
-    ours: dict[str, StoredTensor | PackedTensor] = {}
-    unknown: list[str] = []
-    found: dict[str, StoredTensor | PackedTensor] = {**packed, **plain}
-    for theirs, tensor in found.items():
-        name = HF_NAMES.ours(theirs)
-        if name is not None:
-            ours[name] = tensor
-        elif not theirs.endswith(IGNORED_SUFFIX):
-            unknown.append(theirs)
+    """Give the tensors by our names, those of KV modules among them, once all is there that must be."""
+    ours = {name: tensor for theirs, tensor in found.items() if (name := HF_NAMES.ours(theirs)) is not None}
+    of_modules = {name: found[theirs] for name, theirs in modules.sources.items()}
+    known = set(modules.sources.values())
+    unknown = [n for n in found if HF_NAMES.ours(n) is None and n not in known and not _is_ignored(n)]
     if config["tied_embeddings"]:
         _tie(ours, config, notes)
+    check_tensors(folder, {name: t.shape for name, t in ours.items()}, unknown, config, HF_NAMES)
+    ours |= of_modules
     for tensor in ours.values():
         if isinstance(tensor, StoredTensor):
             check_readable(tensor)
-    check_tensors(folder, {name: t.shape for name, t in ours.items()}, unknown, config, HF_NAMES)
     return {name: _source_tensor(name, tensor) for name, tensor in sorted(ours.items())}
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,8 @@ from .container import Tensor, TritFile
 from .errors import HeaderError, TensorError
 from .hf import CARRIED, TOKENIZER_FILES, TOKENIZER_SIDE_FILES
 from .hf_names import HF_NAMES
+from .kv_map import CONFIG_KEY, map_of
+from .kv_modules import KVModule, module_tensors, read_kv_modules
 from .licence import LICENCE_FILES
 from .safetensors_writer import SHARD_BYTES, Piece, Progress, write_folder
 from .source import MAX_LAYERS, expected_tensors
@@ -28,6 +31,7 @@ from .version import __version__
 
 DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 ROOM = 64 << 20
+_KV_NAME = re.compile(r"layers\.(\d+)\.kv\.(k|v)\.(.*)")
 _CONFIG = {
     "hidden_size": "dim",
     "intermediate_size": "hidden_dim",
@@ -71,12 +75,16 @@ def export_hf(
     target = Path(folder)
     made = Exported(dtype or default_dtype(file))
     pieces, rounded = _pieces(file, made)
+    modules = read_kv_modules(file)
+    names = _kv_names(file, modules, {piece.name for piece in pieces})
+    pieces += [_kv_piece(file, name, theirs) for name, theirs in names.items()]
     _check_target(target, sum(piece.nbytes for piece in pieces))
     temporary = target.parent / f".export-{os.getpid()}-{secrets.token_hex(4)}.tmp"
     temporary.mkdir()
     try:
         write_folder(temporary, pieces, shard_bytes, progress)
-        _write_json(temporary / "config.json", hf_config(file, made.dtype))
+        about_modules = {CONFIG_KEY: map_of(modules, names)} if modules else {}
+        _write_json(temporary / "config.json", {**hf_config(file, made.dtype), **about_modules})
         _write_json(temporary / "generation_config.json", _generation(file))
         _write_tokenizer(file, temporary, made)
         _write_about(file, temporary)
@@ -87,6 +95,11 @@ def export_hf(
             message = f"{exc.strerror} (nothing was left behind)"
             raise OSError(exc.errno, message, str(target)) from exc
         raise
+    if modules:
+        made.notes.append(
+            f"the learned KV modules are in the folder, and config.json names them ({CONFIG_KEY!r}) for tools.convert; "
+            "transformers leaves them out"
+        )
     made.files = sorted(p.relative_to(target).as_posix() for p in target.rglob("*") if p.is_file())
     if rounded:
         made.notes.append(f"the values of {len(rounded)} tensors were rounded to {made.dtype}, {rounded[0]} first")
@@ -126,15 +139,37 @@ def _pieces(file: TritFile, made: Exported) -> tuple[list[Piece], list[str]]:
         if tensor.shape != shape:
             found = f"has shape {list(tensor.shape)}, the config calls for {list(shape)}"
             raise TensorError(file.path, f"{found}; convert the model again", name)
-        blocks = _reader(file, tensor, made.dtype, rounded)
+        blocks = _reader(file, tensor, HF_NAMES.theirs(name), made.dtype, rounded)
         pieces.append(Piece(HF_NAMES.theirs(name), DTYPES[made.dtype], shape, blocks))
-    extra = [name for name in file.tensors if name not in expected and not name.startswith("tokenizer.")]
-    if extra:
-        made.notes.append(f"{len(extra)} tensors have no place in a plain Llama and stay behind: {', '.join(extra)}")
+    left = [n for n in file.tensors if n not in expected and not n.startswith("tokenizer.") and ".kv." not in n]
+    if left:
+        made.notes.append(f"{len(left)} tensors have no place in a Llama model and stay behind: {', '.join(left)}")
     return pieces, rounded
 
 
-def _reader(file: TritFile, tensor: Tensor, dtype: str, rounded: list[str]) -> Callable[[], Iterator[np.ndarray]]:
+def _kv_names(file: TritFile, modules: Sequence[KVModule], taken: set[str]) -> dict[str, str]:
+    """Give the modules' tensors the names that they had, or some where the file does not know. Raises HeaderError."""
+    ours = list(module_tensors(modules, file.config)) if modules else []
+    names = (file.header.get("source") or {}).get("kv_names")
+    if names is None:
+        names = {name: _KV_NAME.sub(r"model.layers.\1.self_attn.\2_\3", name) for name in ours}
+        names = {name: theirs if theirs.endswith(".bias") else f"{theirs}.weight" for name, theirs in names.items()}
+    good = isinstance(names, dict) and all(isinstance(names.get(name), str) for name in ours)
+    if not good or len({names[name] for name in ours} - taken - {"__metadata__"}) < len(ours):
+        raise HeaderError(file.path, "source kv_names does not give each tensor of the KV modules a name of its own")
+    return {name: names[name] for name in ours}
+
+
+def _kv_piece(file: TritFile, name: str, theirs: str) -> Piece:
+    """Describe a tensor of a KV module: it keeps its type."""
+    tensor, dtypes = file.tensors[name], {"f16": "float16", "bf16": "bfloat16", "f32": "float32"}
+    dtype = dtypes[tensor.codec]
+    return Piece(theirs, DTYPES[dtype], tensor.shape, _reader(file, tensor, theirs, dtype, []))
+
+
+def _reader(
+    file: TritFile, tensor: Tensor, theirs: str, dtype: str, rounded: list[str]
+) -> Callable[[], Iterator[np.ndarray]]:
     """Make the function that gives a tensor's values in blocks of rows, of the dtype or as bits of bfloat16."""
 
     def blocks() -> Iterator[np.ndarray]:
@@ -151,7 +186,7 @@ def _reader(file: TritFile, tensor: Tensor, dtype: str, rounded: list[str]) -> C
             yield out
         file.release(tensor.name)
         if not exact:
-            rounded.append(HF_NAMES.theirs(tensor.name))
+            rounded.append(theirs)
 
     return blocks
 

@@ -1,20 +1,7 @@
-"""Finding the learned KV modules of a Hugging Face checkpoint: by their tensors, or by a map from the user.
+"""Finding the learned KV modules of a Hugging Face checkpoint: by their tensors, or by a map (kv_map.py).
 
 The makers' names are not published, so names only tell the side (k, v) and the role (encoder, decoder); shapes must
-then chain from the width of the cache to the rank and back. Whatever is unsure is refused, never guessed. A file given
-with --kv-map names everything instead; `{}` stands for the number of the layer:
-
-    {"modules": [{"side": "v",
-                  "encoder": "model.layers.{}.self_attn.v_compressor.encoder.weight",
-                  "decoder": "model.layers.{}.self_attn.v_compressor.decoder.weight"},
-                 {"side": "k", "rope": "before", "activation": "gelu",
-                  "encoder": "model.layers.{}.self_attn.k_ae.down.weight",
-                  "encoder.bias": "model.layers.{}.self_attn.k_ae.down.bias",
-                  "decoder": "model.layers.{}.self_attn.k_ae.up.0.weight",
-                  "decoder2": "model.layers.{}.self_attn.k_ae.up.2.weight"}]}
-
-"rope" says whether keys are encoded before or after their rotation; "activation", of decoders with two matrices, is
-"gelu" (the exact one) or "gelu_tanh". A module belongs to every layer that has its encoder.
+then chain from the width of the cache to the rank and back. Whatever is unsure is refused, never guessed.
 """
 
 from __future__ import annotations
@@ -27,17 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from .errors import SourceError
-from .kv_modules import ACTIVATIONS, ROPE_ORDERS, SIDES, KVModule, kv_width
-from .source import read_json
+from .kv_map import IN_LAYER, MATRICES, ROLES, KVMap, Roles, Shapes, named_modules
+from .kv_modules import ROPE_ORDERS, KVModule, kv_width
 
-Shapes = Mapping[str, tuple[int, ...]]
-
-MATRICES = ("encoder", "decoder", "decoder2")
-ROLES = tuple(role for name in MATRICES for role in (name, f"{name}.bias"))
-MAP_KEYS = {*ROLES, "side", "rope", "activation"}
 HINT = "name them with --kv-map"
 
-_LAYER = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,5})\.(?:self_attn\.)?(.+)")
 _SIDE_WORDS = {"k": "k", "key": "k", "keys": "k", "v": "v", "value": "v", "values": "v"}
 _ROLE_WORDS = {
     **dict.fromkeys(("enc", "encoder", "encode", "down", "compress"), "encoder"),
@@ -47,21 +28,12 @@ _ROLE_WORDS = {
 _WEAK_ROLE_WORDS = {"compressor": "encoder", "decompressor": "decoder"}
 
 
-@dataclass(frozen=True)
-class KVMap:
-    """A checked --kv-map file. path: for messages"""
-
-    path: str
-    modules: tuple[Mapping[str, str], ...]
-
-
 @dataclass
 class FoundModules:
-    """The modules of a checkpoint. sources: our tensor name -> name in the checkpoint; notes: for the user"""
+    """The modules of a checkpoint. sources: our tensor name -> name in the checkpoint"""
 
     modules: list[KVModule] = field(default_factory=list)
     sources: dict[str, str] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
 
 
 def find_kv_modules(
@@ -70,15 +42,17 @@ def find_kv_modules(
     config: Mapping[str, Any],
     raw: Mapping[str, Any],
     mapping: KVMap | None = None,
+    files: Mapping[str, Path] | None = None,
 ) -> FoundModules:
     """Find the modules among the tensors that a plain Llama does not have.
 
     path: the checkpoint; shapes: name -> shape of those tensors; config: the header's; raw: config.json
+    files: where each tensor lies, for messages
 
     Raises SourceError, in one line that lists the tensors and says what to do, if anything is unsure.
     """
     width, n_layers = kv_width(config), config["n_layers"]
-    groups = _named(path, shapes, mapping) if mapping else _guessed(path, shapes, width)
+    groups = named_modules(path, shapes, mapping) if mapping else _guessed(path, shapes, width)
     stated = {"activation": _activation(raw), "rope": _rope_order(raw)}
     found = FoundModules()
     for (layer, side), roles in sorted(groups.items()):
@@ -91,21 +65,11 @@ def find_kv_modules(
             theirs = roles[ours.removeprefix(f"{module.prefix}.")]
             if shapes[theirs] != shape:
                 expected = f"expected {list(shape)}, for keys or values of {width} numbers"
-                raise SourceError(path, f"KV module: shape {list(shapes[theirs])}; {expected}", theirs)
+                where = (files or {}).get(theirs, path)
+                raise SourceError(where, f"KV module: shape {list(shapes[theirs])}; {expected}", theirs)
             found.sources[ours] = theirs
         found.modules.append(module)
-    found.notes += _notes(found.modules)
     return found
-
-
-def _notes(modules: Sequence[KVModule]) -> Iterator[str]:
-    for side, what in (("k", "keys"), ("v", "values")):
-        forms: dict[str, list[str]] = {}
-        for m in (m for m in modules if m.side == side):
-            form = f"rank {m.rank}" if m.hidden is None else f"rank {m.rank}, decoded through {m.hidden} {m.activation}"
-            forms.setdefault(form, []).append(str(m.layer))
-        for form, layers in forms.items():
-            yield f"learned KV modules for the {what} of layers {', '.join(layers)}: {form}"
 
 
 def _module(
@@ -125,8 +89,9 @@ def _module(
         if f"{name}.bias" in roles and name not in roles:
             raise SourceError(path, f"layer {layer} has a bias but no matrix of its {side} {name} ({names}); {HINT}")
     for role in MATRICES:
-        if role in roles and len(shapes[roles[role]]) != 2:
-            raise SourceError(path, f"KV module: {len(shapes[roles[role]])} dimensions, expected 2", roles[role])
+        shape = shapes[roles[role]] if role in roles else (1, 1)
+        if len(shape) != 2 or 0 in shape:
+            raise SourceError(path, f"KV module: shape {list(shape)}; expected two sizes of 1 or more", roles[role])
     two = "decoder2" in roles
     activation, rope = given["activation"] if two else None, given["rope"] if side == "k" else None
     if two and activation is None:
@@ -141,7 +106,7 @@ def _module(
 # ---- by names and shapes --------------------------------------------------------------------------------
 
 
-def _guessed(path: str | os.PathLike[str], shapes: Shapes, width: int) -> dict[tuple[int, str], dict[str, str]]:
+def _guessed(path: str | os.PathLike[str], shapes: Shapes, width: int) -> dict[tuple[int, str], Roles]:
     """Sort the tensors of the layers into modules: (layer, side) -> role -> name.
 
     Raises SourceError that lists what is not understood.
@@ -149,7 +114,7 @@ def _guessed(path: str | os.PathLike[str], shapes: Shapes, width: int) -> dict[t
     candidates: dict[tuple[int, str, str], list[str]] = {}
     unsure: list[str] = []
     for name in shapes:
-        match = _LAYER.fullmatch(name)
+        match = IN_LAYER.fullmatch(name)
         if match is None:
             continue
         side, role = _side_and_role(match[2])
@@ -157,7 +122,7 @@ def _guessed(path: str | os.PathLike[str], shapes: Shapes, width: int) -> dict[t
             candidates.setdefault((int(match[1]), side, role), []).append(name)
         elif (side, role) != (None, None):
             unsure.append(name)
-    groups: dict[tuple[int, str], dict[str, str]] = {}
+    groups: dict[tuple[int, str], Roles] = {}
     for (layer, side, role), names in candidates.items():
         roles = _assign(role, sorted(names), shapes, width)
         if roles is None:
@@ -211,63 +176,6 @@ def _in_order(matrices: Sequence[str], shapes: Shapes, width: int) -> list[str]:
     if numbered[0] != numbered[1]:
         chains = [chain for chain in chains if chain[0] == (a if numbered[0] < numbered[1] else b)]
     return chains[0] if len(chains) == 1 else []
-
-
-# ---- by a map -------------------------------------------------------------------------------------------
-
-
-def read_kv_map(path: str | os.PathLike[str]) -> KVMap:
-    """Read and check a --kv-map file.
-
-    Raises SourceError, FileNotFoundError.
-    """
-    path = Path(path)
-    raw = read_json(path)
-    entries = raw.get("modules")
-    if set(raw) != {"modules"} or not isinstance(entries, list) or not entries:
-        raise SourceError(path, f'has keys {sorted(raw)}; expected {{"modules": [...]}} with one entry or more')
-    for i, entry in enumerate(entries):
-        where = f"entry {i} of modules"
-        if not isinstance(entry, dict) or not all(isinstance(value, str) for value in entry.values()):
-            raise SourceError(path, f"{where}: expected an object whose values are all strings")
-        if unknown := sorted(set(entry) - MAP_KEYS):
-            raise SourceError(
-                path, f"{where}: key {unknown[0]!r} is not known; known are {', '.join(sorted(MAP_KEYS))}"
-            )
-        if missing := [key for key in ("side", "encoder", "decoder") if key not in entry]:
-            raise SourceError(path, f"{where}: {missing[0]!r} is missing")
-        for key, allowed in (("side", SIDES), ("rope", ROPE_ORDERS), ("activation", ACTIVATIONS)):
-            if key in entry and entry[key] not in allowed:
-                raise SourceError(path, f"{where}: {key} is {entry[key]!r}; expected {' or '.join(allowed)}")
-        for role in ROLES:
-            if role in entry and entry[role].count("{}") != 1:
-                raise SourceError(path, f"{where}: {role} is {entry[role]!r}; expected one {{}} for the layer")
-    return KVMap(str(path), tuple(entries))
-
-
-def _named(path: str | os.PathLike[str], shapes: Shapes, mapping: KVMap) -> dict[tuple[int, str], dict[str, str]]:
-    """Sort the tensors as a map says: (layer, side) -> role -> name, and what else the entry states.
-
-    Raises SourceError if an entry finds nothing, tensors are missing, or two entries claim the same layer.
-    """
-    groups: dict[tuple[int, str], dict[str, str]] = {}
-    for i, entry in enumerate(mapping.modules):
-        before, after = entry["encoder"].split("{}")
-        pattern = re.compile(f"{re.escape(before)}(0|[1-9][0-9]{{0,5}}){re.escape(after)}")
-        layers = [int(match[1]) for name in shapes if (match := pattern.fullmatch(name))]
-        if not layers:
-            raise SourceError(mapping.path, f"entry {i} of modules: {path} has no tensor {entry['encoder']}")
-        for layer in layers:
-            roles = {key: value.replace("{}", str(layer)) for key, value in entry.items() if key != "side"}
-            if missing := [name for role, name in roles.items() if role in ROLES and name not in shapes]:
-                raise SourceError(mapping.path, f"entry {i} of modules: {path} has no tensor {', '.join(missing)}")
-            if (layer, entry["side"]) in groups:
-                raise SourceError(mapping.path, f"names two modules for side {entry['side']} of layer {layer}")
-            groups[layer, entry["side"]] = roles
-    used = {name for roles in groups.values() for name in roles.values()}
-    if left := [name for name in shapes if _LAYER.fullmatch(name) and name not in used]:
-        raise SourceError(mapping.path, f"leaves {len(left)} tensors without a role: {', '.join(left)}")
-    return groups
 
 
 # ---- what config.json may state -------------------------------------------------------------------------

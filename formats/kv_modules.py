@@ -79,6 +79,17 @@ def module_tensors(modules: Iterable[KVModule], config: Mapping[str, Any]) -> di
     return {name: shape for module in modules for name, shape in module.shapes(width).items()}
 
 
+def describe_modules(modules: Iterable[KVModule]) -> list[str]:
+    """Say in a line for each form which layers have it."""
+    forms: dict[str, list[str]] = {}
+    for m in sorted(modules, key=lambda m: (m.side, m.layer)):
+        form = "keys" if m.side == "k" else "values"
+        form += f" of rank {m.rank}, " + (f"encoded {m.rope} RoPE, " if m.rope else "")
+        form += "decoded linearly" if m.hidden is None else f"decoded through {m.hidden} {m.activation}"
+        forms.setdefault(form, []).append(str(m.layer))
+    return [f"{form}: layers {', '.join(layers)}" for form, layers in forms.items()]
+
+
 # ---- the header -----------------------------------------------------------------------------------------
 
 

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from .codec_base import Rows
+from .codec_base import Rows, round_to, row_chunks
 from .codecs import align, payload_nbytes
 from .errors import OptionError, SourceError, UnsupportedError
+from .kv_modules import module_tensors
 from .mixed import SENSITIVITY, allocate, measure
 from .recovered import guess_trits
 from .source import Source, SourceTensor, expected_tensors
@@ -143,10 +144,11 @@ def make_plan(
     """
     plan = [Planned(name, "u8", {}, (len(data),), None, data) for name, data in sorted(source.blobs.items())]
     mixed = _mixed(source, bpw, encode, progress) if bpw is not None else {}
-    for name in [*expected_tensors(source.config), *source.extra]:
+    of_modules = module_tensors(source.kv_modules, source.config)
+    for name in [*expected_tensors(source.config), *of_modules]:
         tensor = source.tensors[name]
-        wanted = KEEP if name in source.extra else embed if name in EMBEDDINGS else mixed.get(name, quant)
-        codec, params = _codec_of(tensor, wanted)
+        wanted = embed if name in EMBEDDINGS else mixed.get(name, quant)
+        codec, params = (_exact_codec(tensor), {}) if name in of_modules else _codec_of(tensor, wanted)
         item = Planned(name, codec, params, tensor.shape, tensor)
         if wanted == KEEP and item.is_matrix and codec in KEPT.values():
             if progress:
@@ -209,7 +211,7 @@ def _codec_of(tensor: SourceTensor, wanted: str) -> tuple[str, dict[str, Any]]:
     if tensor.carried and wanted in (KEEP, tensor.carried.codec):
         return tensor.carried.codec, tensor.carried.params
     if len(tensor.shape) == 1:
-        return _vector_codec(tensor), {}
+        return _exact_codec(tensor), {}
     if wanted != KEEP:
         return wanted, OPTIONS.get(wanted, {})
     if tensor.dtype not in KEPT:
@@ -221,11 +223,13 @@ def _codec_of(tensor: SourceTensor, wanted: str) -> tuple[str, dict[str, Any]]:
     return KEPT[tensor.dtype], {}
 
 
-def _vector_codec(tensor: SourceTensor) -> str:
-    """Norms and biases lose nothing: float16 where it holds every value exactly, else float32."""
-    values = read_checked(tensor, 0, tensor.shape[0])
-    with np.errstate(over="ignore"):
-        return "f16" if np.array_equal(values.astype(np.float16).astype(np.float32), values) else "f32"
+def _exact_codec(tensor: SourceTensor) -> str:
+    """Norms, biases and KV modules lose nothing: float16 or bfloat16 where it holds every value, else float32."""
+    left = {"f16": "float16", "bf16": "bfloat16"}
+    for start, stop in row_chunks(tensor.shape):
+        values = read_checked(tensor, start, stop)
+        left = {codec: dtype for codec, dtype in left.items() if np.array_equal(round_to(values, dtype), values)}
+    return next(iter(left), "f32")
 
 
 def rows_of(tensor: SourceTensor) -> Rows:

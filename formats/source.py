@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from .errors import SourceError
+from .kv_modules import KVModule
 
 MAX_JSON_BYTES = 256 << 20
 MAX_LAYERS = 4096
@@ -56,7 +57,7 @@ class SourceTensor:
 class Source:
     """An opened checkpoint: everything that goes into the header, and the tensors by our names.
 
-    extra: tensors besides those of a plain Llama, kept as they are; sections: what the header says about them
+    kv_modules: learned projections of the KV cache; their tensors are among the others
     """
 
     path: Path
@@ -70,14 +71,13 @@ class Source:
     files: list[Path]
     tensors: dict[str, SourceTensor]
     notes: list[str] = field(default_factory=list)
-    extra: list[str] = field(default_factory=list)
-    sections: dict[str, Any] = field(default_factory=dict)
+    kv_modules: list[KVModule] = field(default_factory=list)
 
 
-def open_source(path: str | os.PathLike[str]) -> Source:
+def open_source(path: str | os.PathLike[str], kv_map: str | os.PathLike[str] | None = None) -> Source:
     """Open a checkpoint and check everything that can be checked without reading the weights.
 
-    path: a Hugging Face folder, or a GGUF file.
+    path: a Hugging Face folder, or a GGUF file; kv_map: a file that names its learned KV modules (see kv_map.py)
 
     Raises FileNotFoundError; SourceError (damaged, incomplete); UnsupportedError (not a model that we run).
     """
@@ -89,7 +89,7 @@ def open_source(path: str | os.PathLike[str]) -> Source:
             raise SourceError(path, f"has no config.json, so it is not a Hugging Face model folder{hint}")
         from .hf import open_hf
 
-        return open_hf(path)
+        return open_hf(path, kv_map)
     if path.exists() and not path.is_file():
         raise SourceError(path, "is a pipe or device; expected a Hugging Face folder or a GGUF file")
     with open(path, "rb") as f:
@@ -97,6 +97,8 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     if magic == GGUF_MAGIC:
         from .gguf_source import open_gguf
 
+        if kv_map is not None:
+            raise SourceError(path, "is a GGUF file, which holds no KV modules; --kv-map is for Hugging Face folders")
         return open_gguf(path)
     raise SourceError(path, _what_else(path, magic))
 

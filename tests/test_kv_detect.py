@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from formats import SourceError
-from formats.kv_detect import find_kv_modules, read_kv_map
-from formats.kv_modules import KVModule
+from formats.kv_detect import find_kv_modules
+from formats.kv_map import map_of, read_kv_map
+from formats.kv_modules import KVModule, describe_modules
 
 MAPS = Path(__file__).parent / "data" / "kv-maps"
 CONFIG = {"n_layers": 8, "n_kv_heads": 4, "head_dim": 16}
@@ -61,7 +62,7 @@ def test_linear_modules_are_found(encoder: str, decoder: str, side: str, biases:
     assert found.modules == [KVModule(layer, side, RANK, biases=has) for layer in (3, 5)]
     assert set(found.sources.values()) == set(shapes)
     assert found.sources["layers.5.kv.v.decoder"] == "model.layers.5.self_attn." + decoder.format("weight")
-    assert found.notes == ["learned KV modules for the values of layers 3, 5: rank 6"]
+    assert describe_modules(found.modules) == ["values of rank 6, decoded linearly: layers 3, 5"]
 
 
 def test_directly_under_the_layer() -> None:
@@ -179,7 +180,7 @@ ENTRY = {"side": "v", "encoder": "a.{}.e", "decoder": "a.{}.d"}
     ("content", "message"),
     [
         ([], "expected an object"),
-        ({"module": []}, "expected"),
+        ({"module": []}, "is {'module': []}; expected"),
         ({"modules": []}, "expected"),
         ({"modules": [3]}, "entry 0 of modules: expected an object"),
         ({"modules": [{**ENTRY, "rank": 4}]}, "expected an object whose values are all strings"),
@@ -189,6 +190,7 @@ ENTRY = {"side": "v", "encoder": "a.{}.e", "decoder": "a.{}.d"}
         ({"modules": [{**ENTRY, "rope": "during"}]}, "rope is 'during'; expected before or after"),
         ({"modules": [{**ENTRY, "activation": "relu"}]}, "activation is 'relu'"),
         ({"modules": [{**ENTRY, "decoder": "a.d"}]}, "expected one {} for the layer"),
+        ({"modules": [{**ENTRY, "layer": "3"}]}, "layer is '3'; expected its number"),
     ],
 )
 def test_a_bad_map_is_refused(content: Any, message: str, tmp_path: Path) -> None:
@@ -204,3 +206,20 @@ def test_two_entries_for_one_module_are_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps({"modules": [ENTRY, ENTRY]}))
     with pytest.raises(SourceError, match="two modules for side v of layer 1"):
         find({"a.1.e": (RANK, WIDTH), "a.1.d": (WIDTH, RANK)}, mapping=read_kv_map(path))
+
+
+def test_one_tensor_in_two_roles_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "map.json"
+    path.write_text(json.dumps({"modules": [{**ENTRY, "decoder": "a.{}.e"}]}))
+    with pytest.raises(SourceError, match=r"gives two roles to a\.1\.e"):
+        find({"a.1.e": (WIDTH, WIDTH)}, mapping=read_kv_map(path))
+
+
+def test_the_map_of_found_modules_finds_them_again(tmp_path: Path) -> None:
+    """Of one layer each: forms, biases and names may differ from layer to layer."""
+    shapes = gelu("k") | linear("v_encoder.{}", "v_decoder.{}", 3) | linear("v_encoder.{}", "v_decoder.{}", 5, True)
+    found = find(shapes, {**LEAN, "rope_order": "before"})
+    path = tmp_path / "map.json"
+    path.write_text(json.dumps(map_of(found.modules, found.sources)))
+    again = find(shapes, mapping=read_kv_map(path))
+    assert (again.modules, again.sources) == (found.modules, found.sources) and len(again.modules) == 3

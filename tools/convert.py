@@ -37,6 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bpw", type=float, metavar="F", help=f"with {MIXED}: bits per weight, at most")
     embed_help = "for embeddings and lm_head (default f16; with --quant keep: keep)"
     parser.add_argument("--embed", choices=(*PLAIN, KEEP), metavar="CODEC", help=embed_help)
+    kv_map_help = "a JSON file that names the tensors of learned KV modules (see README.md)"
+    parser.add_argument("--kv-map", metavar="MAP.json", help=kv_map_help)
     parser.add_argument("--overwrite", action="store_true", help="replace OUT.trit if it is there")
     parser.add_argument("--report", metavar="OUT.json", help="write what became of every tensor, and its error")
     parser.add_argument("--dry-run", action="store_true", help="say what would be written, and stop")
@@ -68,7 +70,7 @@ def _main(argv: list[str]) -> int:
     if (args.bpw is None) == (args.quant == [MIXED]):
         parser.error(f"--quant {MIXED} goes with --bpw, and nothing else does")
     started = time.perf_counter()
-    source = open_source(args.source)
+    source = open_source(args.source, args.kv_map)
     ModelConfig.from_dict(source.config, str(source.path))  # what the runtime cannot run is not worth converting
     out, several = Path(args.out or "OUT.trit"), len(args.quant) > 1
     paths = several_paths(source, out, args.quant) if several else {args.quant[0]: out}
@@ -122,7 +124,8 @@ def print_plan(summary: Summary) -> None:
 def print_memory(summary: Summary, source: Source) -> None:
     """Print what running the model will take: its weights, and keys and values of contexts that it can have."""
     config = ModelConfig.from_dict(source.config, str(source.path))
-    weights, per_token = sum(item.nbytes for item in summary.plan if item.source), kv_bytes_per_token(config)
+    weights = sum(item.nbytes for item in summary.plan if item.source)
+    per_token = kv_bytes_per_token(config, modules=source.kv_modules)
     contexts = sorted({min(n, config.max_seq_len) for n in CONTEXTS})
     totals = ", ".join(f"{(weights + per_token * n) / 1e9:.2f} GB with {n} tokens" for n in contexts)
     print(f"memory to run: {weights / 1e9:.2f} GB of weights; {totals} of context (keys and values in f16)")

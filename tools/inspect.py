@@ -12,7 +12,7 @@ from typing import Any
 
 from formats import open_trit
 from formats.container import TritFile
-from formats.kv_modules import read_kv_modules
+from formats.kv_modules import KVModule, describe_modules, read_kv_modules
 from runtime.chat_format import recognise
 from runtime.cli import ArgumentParser, UserError, one_line, run
 from runtime.config import ModelConfig
@@ -93,6 +93,7 @@ def describe(file: TritFile) -> dict[str, Any]:
         "generation": section(file, "generation"), "licence": section(file, "licence"),
         "source": section(file, "source"),
         "codecs": codec_totals(file), "memory": memory(file),
+        "kv_modules": [module.to_dict() for module in read_kv_modules(file)],
         "tensors": [
             {"name": t.name, "codec": t.codec, "shape": list(t.shape), "nbytes": t.nbytes,
              "params": dict(t.params)}
@@ -147,6 +148,7 @@ def facts(found: dict[str, Any]) -> list[str]:
         fact("context", f"{c['max_seq_len']} tokens, rope theta {c['rope_theta']:g}, scaling {rope}"),
         fact("tokenizer", f"{tokenizer['type']}, bos {tokenizer['bos_id']}, end {tokenizer['eos_ids']}"),
         fact("chat", f"format {chat['format']}, template of {chat['template_chars']} characters"),
+        *(fact("kv modules", line) for line in describe_modules(KVModule(**entry) for entry in found["kv_modules"])),
         fact("licence", found["licence"].get("name")),
         fact("source", f"{source.get('name')}, {source.get('converter')}, {source.get('options')}"),
     ]  # fmt: skip
