@@ -9,11 +9,9 @@ had never been there. Distances thus never exceed the capacity, and nothing stor
 
 from __future__ import annotations
 
-import json
-import zlib
+import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -22,9 +20,9 @@ from formats.kv_modules import KVModule
 from .config import ModelConfig
 from .errors import CacheError
 from .ring_codecs import Plane, code_codec, side_codecs
+from .ring_state import SavedRing, fill_ring, read_ring, ring_parts
 from .rope import angles, frequencies
 
-STATE_MAGIC = b"TRITKV2\n"
 BLOCK = 64  # tokens that attention takes at a time; blocks begin at multiples of it
 
 
@@ -59,7 +57,7 @@ class KVRing:
             raise CacheError(f"a chunk has {chunk} tokens; it must have 1 or more")
         self.config, self.capacity, self.chunk, self.modules = config, capacity, chunk, tuple(modules)
         self.codec, self.length, self.sinks = codec, 0, sinks
-        self._oldest = 0  # from this position on everything is still stored; it stays when tokens are taken back
+        self.oldest = 0  # from this position on everything is still stored; it stays when tokens are taken back
         # While a chunk is appended its first token must still see what its last one pushes out of the window.
         self.slots = capacity + chunk - 1
         ranks = {(module.layer, module.side): module.rank for module in modules}
@@ -77,13 +75,13 @@ class KVRing:
 
     @property
     def sinks(self) -> int:
-        """First tokens that never slide out; it can be set while the ring is empty."""
+        """First tokens that never slide out; it can be set until a token has slid out."""
         return self._sinks
 
     @sinks.setter
     def sinks(self, value: int) -> None:
-        if self.length:
-            raise CacheError("the number of sinks cannot change once the ring holds tokens; reset it first")
+        if self.length > self.capacity:
+            raise CacheError("the number of sinks cannot change once tokens have slid out; reset the ring first")
         if not 0 <= value < self.capacity:
             raise CacheError(f"{value} sinks do not fit a context of {self.capacity}; at most {self.capacity - 1} do")
         self._sinks = value
@@ -94,9 +92,14 @@ class KVRing:
         return max(0, self.length + 1 - self.capacity)
 
     @property
+    def planes(self) -> list[Plane]:
+        """Keys and values of the first layer, of the second, and so on."""
+        return [plane for layer in self.layers for plane in (layer.keys, layer.values)]
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all that is stored, used or not."""
-        return self.turns.nbytes + sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers)
+        return self.turns.nbytes + sum(plane.nbytes for plane in self.planes)
 
     def slot(self, positions: np.ndarray) -> np.ndarray:
         """Where the tokens at these absolute positions lie, or lay."""
@@ -124,10 +127,11 @@ class KVRing:
                 first += len(positions)
 
     def note_turns(self, cosine: np.ndarray, sine: np.ndarray) -> None:
-        """Keep the rotation of the tokens that come next, if keys are rotated when they are read.
+        """Make ready for the n tokens that come next: what they overwrite counts as lost from here on.
 
-        cosine, sine: (n, head_dim / 2) float32
+        cosine, sine: (n, head_dim / 2) float32, their rotation, kept where keys are rotated when they are read
         """
+        self._lose(self.length + len(cosine))
         if self.turns.size:
             slots = self.slot(np.arange(self.length, self.length + len(cosine)))
             self.turns[0, slots], self.turns[1, slots] = cosine, sine
@@ -135,7 +139,11 @@ class KVRing:
     def advance(self, n: int) -> None:
         """Count n tokens whose keys and values have been written."""
         self.length += n
-        self._oldest = max(self._oldest, self.length - (self.slots - self.sinks))
+        self._lose(self.length)
+
+    def _lose(self, end: int) -> None:
+        """Count as lost what tokens up to position `end` overwrite."""
+        self.oldest = max(self.oldest, end - (self.slots - self.sinks))
 
     def trim(self, n: int) -> None:
         """Forget all but the first n tokens, as if the others had never been appended.
@@ -145,94 +153,51 @@ class KVRing:
         if not 0 <= n <= self.length:
             raise CacheError(f"cannot keep {n} tokens of {self.length}")
         oldest_needed = max(self.sinks, n + 1 - (self.capacity - self.sinks))
-        if oldest_needed < min(n, self._oldest):
+        if oldest_needed < min(n, self.oldest):
             raise CacheError(f"cannot go back to {n} tokens: some of those it would see have slid out of the ring")
-        self.length, self._oldest = n, min(self._oldest, n)
+        self.length, self.oldest = n, min(self.oldest, n)
 
     def reset(self) -> None:
         """Forget everything."""
-        self.length = self._oldest = 0
+        self.length = self.oldest = 0
 
     def copy(self) -> KVRing:
         """A ring of its own with the same tokens: what is done to the one is not seen in the other."""
         other = KVRing(self.config, self.capacity, self.chunk, self.sinks, self.codec, self.modules)
         used = min(self.length, self.slots)
-        for theirs, mine in zip(other._arrays(), self._arrays(), strict=True):
-            theirs[:, :used] = mine[:, :used]
+        for theirs, mine in zip(other.planes, self.planes, strict=True):
+            theirs.codes[:, :used], theirs.scales[:, :used] = mine.codes[:, :used], mine.scales[:, :used]
         other.turns[:] = self.turns
-        other.length, other._oldest = self.length, self._oldest
+        other.length, other.oldest = self.length, self.oldest
         return other
 
     # ==== State ====
 
     def save(self) -> bytes:
         """The ring's tokens as bytes, with a checksum; only used slots are kept."""
-        used = min(self.length, self.slots)
-        planes = [part[:, :used].tobytes() for part in self._arrays()]
-        body = json.dumps(self._geometry(), sort_keys=True).encode() + b"\n" + b"".join(planes)
-        return STATE_MAGIC + zlib.crc32(body).to_bytes(4, "little") + body
+        return b"".join(ring_parts(self))
 
     def load(self, state: bytes) -> None:
         """Take over what `save` of a ring of the same geometry returned.
 
         Raises CacheError, and changes nothing, if the state is damaged or belongs to another geometry.
         """
-        body = state[len(STATE_MAGIC) + 4 :]
-        checksum = int.from_bytes(state[len(STATE_MAGIC) : len(STATE_MAGIC) + 4], "little")
-        if not state.startswith(STATE_MAGIC) or zlib.crc32(body) != checksum:
-            raise CacheError("the saved state is damaged, or was not written by this version")
-        head, _, planes = body.partition(b"\n")
-        saved = self._check_geometry(head)
-        used = min(saved["length"], self.slots)
-        sizes = [part[:, :used].nbytes for part in self._arrays()]
-        if len(planes) != sum(sizes):
-            raise CacheError(f"the saved state has {len(planes)} bytes of keys and values, not {sum(sizes)}")
-        self.length = 0
-        self.sinks = saved["sinks"]
-        start = 0
-        for part, size in zip(self._arrays(), sizes, strict=True):
-            part[:, :used] = np.frombuffer(planes, part.dtype, size // part.dtype.itemsize, start).reshape(
-                part[:, :used].shape
-            )
-            start += size
-        self._restore_turns(saved["length"])
-        self.length, self._oldest = saved["length"], saved["oldest"]
+        if not isinstance(state, (bytes, bytearray, memoryview)):
+            raise CacheError(f"a state is bytes, as save returns them; got {type(state).__name__}")
+        stream = io.BytesIO(state)
+        self.restore(read_ring(self, stream), stream)
 
-    def _check_geometry(self, head: bytes) -> dict[str, Any]:
-        """Read the first line of a state. Raises CacheError if it does not fit this ring."""
-        saved = json.loads(head)
-        free = {key: saved.get(key) for key in ("length", "oldest", "sinks")}
-        expected = {**self._geometry(), **free}
-        if saved != expected:
-            other = next((key for key in expected if saved.get(key) != expected[key]), "something else")
-            mine = expected.get(other, "nothing of the kind")
-            raise CacheError(f"the saved state has {other} = {saved.get(other)}, this context has {mine}")
-        length, oldest, sinks = free.values()
-        if not all(type(n) is int for n in free.values()) or not (0 <= oldest <= length and 0 <= sinks < self.capacity):
-            raise CacheError(f"the saved state is damaged: it has {free}")
-        return dict(saved)
+    def restore(self, saved: SavedRing, stream: io.BufferedIOBase) -> None:
+        """Take over a state that `read_ring` has checked for this ring."""
+        self.reset()
+        self.sinks = saved.sinks
+        fill_ring(self, saved, stream)
+        self._restore_turns(saved.length)
+        self.length, self.oldest = saved.length, saved.oldest
 
     def _restore_turns(self, length: int) -> None:
         """Compute what note_turns has kept of the tokens before `length`."""
         if self.turns.size:
-            oldest = max(self.sinks, length - (self.slots - self.sinks))
-            positions = np.r_[0 : min(self.sinks, length), oldest:length]
+            first = max(self.sinks, length - (self.slots - self.sinks))
+            positions = np.r_[0 : min(self.sinks, length), first:length]
             self.turns[:, self.slot(positions)] = angles(frequencies(self.config), positions)
-
-    def _arrays(self) -> list[np.ndarray]:
-        return [part for layer in self.layers for plane in (layer.keys, layer.values) for part in plane.arrays]
-
-    def _geometry(self) -> dict[str, Any]:
-        config = self.config
-        return {
-            "codec": self.codec,
-            "modules": [[m.layer, m.side, m.rank, m.rope] for m in self.modules],
-            "n_layers": config.n_layers,
-            "n_kv_heads": config.n_kv_heads,
-            "head_dim": config.head_dim,
-            "capacity": self.capacity,
-            "chunk": self.chunk,
-            "sinks": self.sinks,
-            "length": self.length,
-            "oldest": self._oldest,
-        }

@@ -83,11 +83,11 @@ class Session:
     def keep_common(self, prompt: Sequence[int], sinks: int) -> int:
         """Keep what the ring and a prompt have in common, at most all but the prompt's last token.
 
-        sinks: how many first tokens never slide out; it can change only together with a reset.
+        sinks: how many first tokens never slide out; where tokens have slid out under another number, nothing is kept.
         Returns the number of tokens kept.
         """
         common = common_length(self.ids, prompt[:-1])
-        if common == 0 or not self._trim(common):
+        if common == 0 or not self._trim(common) or not self._set_sinks(sinks):
             self.reset()
             self.cache.sinks = sinks
         return len(self.ids)
@@ -104,14 +104,11 @@ class Session:
         """
         before = len(self.ids)
         try:
-            logits = self.model.forward(ids, self.cache, "last", progress=progress, cancel=cancel)
+            return self.model.forward(ids, self.cache, "last", progress=progress, cancel=cancel)
         except Cancelled:
-            logits = None
-        except BaseException:
-            self.reset()  # an unfinished chunk may have written over what a later trim would need
-            raise
-        self.ids += ids[: self.cache.length - before]
-        return logits
+            return None
+        finally:
+            self.ids += ids[: self.cache.length - before]
 
     def _trim(self, count: int) -> bool:
         if count < len(self.ids):
@@ -120,6 +117,14 @@ class Session:
             except CacheError:  # it needs tokens that have slid out
                 return False
             del self.ids[count:]
+        return True
+
+    def _set_sinks(self, sinks: int) -> bool:
+        if sinks != self.cache.sinks:
+            try:
+                self.cache.sinks = sinks
+            except CacheError:  # tokens have slid out
+                return False
         return True
 
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import io
+import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from .engine import Engine, Progress
+from .errors import CacheError
 from .generate import Run
 from .openai_shapes import ChatShape, CompletionShape, LogProbs, Shape
 from .options import check_prompt, log_probs
 from .sampler import OptionError
-from .state import pack_session, unpack_session
+from .state import read_session, restore_session, session_parts, write_private
 
+T = TypeVar("T")
 Answer = dict[str, Any] | Iterator[dict[str, Any]]
 
 
@@ -145,17 +149,41 @@ class Llama(Engine):
     def save_state(self) -> bytes:
         """Return the context as bytes; load_state goes on from there without reading anything again."""
         with self._exclusive():
-            return pack_session(self._session, self.fingerprint)
+            return b"".join(session_parts(self._session, self.fingerprint))
 
     def load_state(self, state: bytes) -> None:
         """Put back a context that save_state returned.
 
-        Raises CacheError if it is damaged, or comes from another model or another n_ctx or n_batch.
+        Raises CacheError, and changes nothing, if it is damaged, or comes from another model, n_ctx, n_batch or kv.
+        """
+        if not isinstance(state, (bytes, bytearray, memoryview)):
+            raise CacheError(f"a state is bytes, as save_state returns them; got {type(state).__name__}")
+        self._load(io.BytesIO(state), lambda conversation: None)
+
+    def save_session(self, path: str | os.PathLike[str], conversation: Any = None) -> None:
+        """Write the context to a file that only its owner may read, and a JSON value beside it.
+
+        The file appears whole or not at all. Raises OSError.
         """
         with self._exclusive():
-            unpack_session(self._session, self.fingerprint, state)
+            write_private(path, session_parts(self._session, self.fingerprint, conversation))
+
+    def load_session(self, path: str | os.PathLike[str], read: Callable[[Any], T]) -> T:
+        """Put back a context that save_session wrote, and return what `read` makes of the JSON value beside it.
+
+        Raises what load_state and `read` raise, and OSError; the context is as it was then.
+        """
+        with open(path, "rb") as stream:
+            return self._load(stream, read)
 
     # ==== Private ====
+
+    def _load(self, stream: io.BufferedIOBase, read: Callable[[Any], T]) -> T:
+        with self._exclusive():
+            saved = read_session(self._session, self.fingerprint, stream)
+            result = read(saved.conversation)
+            restore_session(self._session, saved, stream)
+        return result
 
     def _answer(self, shape_class: type[Shape], run: Run, collector: LogProbs | None, stream: bool) -> Answer:
         run.watch = None if collector is None else collector.watch

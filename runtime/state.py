@@ -1,79 +1,122 @@
 """A session as bytes: the ids that were read and the ring's keys and values, bound to their model.
 
-Layout, little-endian: b"TRITSESS", u32 version, u32 length of a JSON header {"model", "tokens"}, the header,
-the ids as <i4, the ring's own bytes (KVRing.save), u32 crc32 of everything before.
+Layout, little-endian: b"TRITSESS", u32 version, u32 length of a JSON header {"model", "tokens", "conversation"},
+the header, the ids as <i4, u32 crc32 of everything before, and the ring's own state (ring_state.py).
+A state may come from anyone: it is read as JSON and numbers, and whatever is wrong with it is a CacheError.
 """
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import secrets
 import struct
 import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from .errors import CacheError
 from .generate import Session
+from .ring_state import SavedRing, read_ring, ring_parts
 
 MAGIC = b"TRITSESS"
-VERSION = 1
+VERSION = 2
 FIXED = struct.Struct("<8sII")
 CHECKSUM = struct.Struct("<I")
+MAX_HEADER = 1 << 28  # it holds the texts of a conversation
 
 
-def pack_session(session: Session, fingerprint: str) -> bytes:
-    """Return the state of a session. fingerprint: of the model's file."""
-    header = json.dumps({"model": fingerprint, "tokens": len(session.ids)}).encode()
-    body = b"".join(
-        [
-            FIXED.pack(MAGIC, VERSION, len(header)),
-            header,
-            np.array(session.ids, "<i4").tobytes(),
-            session.cache.save(),
-        ]
-    )
-    return body + CHECKSUM.pack(zlib.crc32(body))
+@dataclass(frozen=True)
+class SavedSession:
+    """A checked state: ids, ring, and the JSON value that was saved beside them."""
+
+    ids: list[int]
+    ring: SavedRing
+    conversation: Any
 
 
-def unpack_session(session: Session, fingerprint: str, state: bytes) -> None:
-    """Put a session into a saved state.
+def session_parts(session: Session, fingerprint: str, conversation: Any = None) -> Iterator[bytes | memoryview]:
+    """Give the state of a session piece by piece. fingerprint: of the model's file; conversation: a JSON value"""
+    head = {"model": fingerprint, "tokens": len(session.ids), "conversation": conversation}
+    header = json.dumps(head).encode()
+    body = FIXED.pack(MAGIC, VERSION, len(header)) + header + np.array(session.ids, "<i4").tobytes()
+    yield body
+    yield CHECKSUM.pack(zlib.crc32(body))
+    yield from ring_parts(session.cache)
 
-    Raises CacheError, and changes nothing, if the state is damaged or belongs to another model or context.
+
+def read_session(session: Session, fingerprint: str, stream: io.BufferedIOBase) -> SavedSession:
+    """Check a state, every byte of it, and change nothing.
+
+    Raises CacheError if it is damaged or belongs to another model or context.
     """
-    if not isinstance(state, (bytes, bytearray, memoryview)):
-        raise CacheError(f"a state is bytes, as save_state returns them; got {type(state).__name__}")
-    state = bytes(state)
-    if len(state) < FIXED.size + CHECKSUM.size or not state.startswith(MAGIC):
+    fixed = stream.read(FIXED.size)
+    if len(fixed) < FIXED.size or not fixed.startswith(MAGIC):
         raise CacheError("these bytes are not a saved state")
-    _, version, header_length = FIXED.unpack_from(state)
+    _, version, length = FIXED.unpack(fixed)
     if version != VERSION:
         raise CacheError(f"the saved state has version {version}, this program reads version {VERSION}")
-    body, checksum = state[: -CHECKSUM.size], CHECKSUM.unpack(state[-CHECKSUM.size :])[0]
-    if zlib.crc32(body) != checksum:
-        raise CacheError("the saved state is damaged: its checksum differs")
-    start = FIXED.size + header_length
-    count = _read_header(body[FIXED.size : start], fingerprint)
-    if start + 4 * count > len(body):
-        raise CacheError("the saved state is damaged: it is shorter than its header says")
-    ids = np.frombuffer(body, "<i4", count, start).tolist()
+    header = stream.read(min(length, MAX_HEADER))
+    count, conversation = _read_header(header, fingerprint)
+    ids = _read_ids(stream, count, zlib.crc32(header, zlib.crc32(fixed)))
     if ids and not 0 <= min(ids) <= max(ids) < session.model.config.vocab_size:
         raise CacheError("the saved state is damaged: it has a token id outside of the vocabulary")
-    session.cache.load(body[start + 4 * count :])
-    if session.cache.length != count:
-        session.reset()
-        raise CacheError(f"the saved state is damaged: the ring does not hold its {count} tokens")
-    session.ids = ids
+    ring = read_ring(session.cache, stream)
+    if ring.length != count:
+        raise CacheError(f"the saved state is damaged: its ring holds {ring.length} tokens, not {count}")
+    return SavedSession(ids, ring, conversation)
 
 
-def _read_header(raw: bytes, fingerprint: str) -> int:
-    """Check the JSON header; returns the number of ids."""
+def restore_session(session: Session, saved: SavedSession, stream: io.BufferedIOBase) -> None:
+    """Put a session into the state that `read_session` has checked for it."""
+    session.reset()
+    session.cache.restore(saved.ring, stream)
+    session.ids = list(saved.ids)
+
+
+def write_private(path: str | os.PathLike[str], parts: Iterable[bytes | memoryview]) -> None:
+    """Write a file that appears whole or not at all, and that only its owner may read. Raises OSError."""
+    target = os.path.realpath(path)
+    temporary = os.path.join(os.path.dirname(target), f".session-{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            for part in parts:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+def _read_header(raw: bytes, fingerprint: str) -> tuple[int, Any]:
+    """Check the JSON header; returns the number of ids and the conversation."""
     try:
         header = json.loads(raw)
-        model, count = header["model"], header["tokens"]
+        model, count, conversation = header["model"], header["tokens"], header["conversation"]
     except (ValueError, TypeError, KeyError, RecursionError) as exc:
         raise CacheError("the saved state is damaged: its header cannot be read") from exc
     if model != fingerprint:
-        raise CacheError(f"the saved state belongs to another model ({model}); this one is {fingerprint}")
-    if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-        raise CacheError(f"the saved state is damaged: it counts {count!r} tokens")
-    return count
+        raise CacheError(f"the saved state belongs to another model ({model!r:.80}); this one is {fingerprint}")
+    if type(count) is not int or count < 0:
+        raise CacheError(f"the saved state is damaged: it counts {count!r:.80} tokens")
+    return count, conversation
+
+
+def _read_ids(stream: io.BufferedIOBase, count: int, crc: int) -> list[int]:
+    """Read the ids and the checksum behind them. crc: of what came before"""
+    here, end = stream.tell(), stream.seek(0, io.SEEK_END)
+    stream.seek(here)
+    if 4 * count + CHECKSUM.size > end - here:
+        raise CacheError("the saved state is damaged: it is shorter than its header says")
+    raw = stream.read(4 * count)
+    if stream.read(CHECKSUM.size) != CHECKSUM.pack(zlib.crc32(raw, crc)):
+        raise CacheError("the saved state is damaged: its checksum differs")
+    return [int(i) for i in np.frombuffer(raw, "<i4")]

@@ -17,8 +17,18 @@ class FakeRing:
     """Remembers ids where a ring remembers keys and values; forgets what slides out in the same way."""
 
     def __init__(self, capacity: int, chunk: int) -> None:
-        self.capacity, self.chunk, self.sinks = capacity, chunk, 4
+        self.capacity, self.chunk, self._sinks = capacity, chunk, 4
         self.seen: list[int] = []
+
+    @property
+    def sinks(self) -> int:
+        return self._sinks
+
+    @sinks.setter
+    def sinks(self, value: int) -> None:
+        if self.length > self.capacity and value != self._sinks:
+            raise CacheError("slid out")
+        self._sinks = value
 
     @property
     def length(self) -> int:

@@ -12,11 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from formats.kv_modules import KVModule
-from runtime.cache import STATE_MAGIC, KVRing
+from runtime.cache import KVRing
 from runtime.config import ModelConfig
 from runtime.errors import CacheError
 from runtime.kernels.numpy_backend import NumpyKernels
 from runtime.ring_codecs import CODECS, Plane, hadamard
+from runtime.ring_state import MAGIC
 from runtime.rope import angles, frequencies
 
 CONFIG = ModelConfig(
@@ -104,6 +105,7 @@ class Listed:
 steps = st.lists(
     st.one_of(
         st.tuples(st.just("append"), st.integers(1, 7)),
+        st.tuples(st.just("slide"), st.integers(1, 30)),
         st.tuples(st.just("trim"), st.integers(0, 12)),
         st.tuples(st.sampled_from(["save", "copy", "reset"]), st.just(0)),
     ),
@@ -118,6 +120,9 @@ def test_a_ring_is_a_list(kind: str, steps: list[tuple[str, int]], capacity: int
     for i, (what, n) in enumerate(steps):
         if what == "append":
             made.append(n, seed=i)
+        elif what == "slide":  # one by one, far beyond the capacity
+            for k in range(n):
+                made.append(1, seed=1000 * i + k)
         elif what == "trim":
             made.trim(max(0, len(made.tokens) - n))
         elif what == "reset":
@@ -162,14 +167,77 @@ def test_a_state_of_another_geometry_is_refused(other: dict[str, Any]) -> None:
         a_full_one().load(a_full_one(**other).save())
 
 
-@pytest.mark.parametrize("change", [{"length": -1}, {"length": 2.0}, {"sinks": 8}, {"oldest": 99}, {"length": None}])
-def test_a_state_with_impossible_numbers_is_refused(change: dict[str, Any]) -> None:
-    """The checksum is right: such a state was made on purpose."""
-    state = a_full_one().save()
-    head, _, planes = state[len(STATE_MAGIC) + 4 :].partition(b"\n")
-    body = json.dumps({**json.loads(head), **change}, sort_keys=True).encode() + b"\n" + planes
-    with pytest.raises(CacheError, match="damaged"):
-        a_full_one().load(STATE_MAGIC + zlib.crc32(body).to_bytes(4, "little") + body)
+def forged(ring: KVRing, head: bytes | dict[str, Any], planes: bytes | None = None) -> bytes:
+    """A state with a right checksum that was made on purpose. head: the line of JSON, or what to change in it"""
+    line, _, stored = ring.save()[len(MAGIC) : -4].partition(b"\n")
+    if isinstance(head, dict):
+        head = json.dumps({**json.loads(line), **head}).encode()
+    body = MAGIC + head + b"\n" + (stored if planes is None else planes)
+    return body + zlib.crc32(body).to_bytes(4, "little")
+
+
+FORGED: list[bytes | dict[str, Any]] = [
+    b"", b"{", b"[]", b"null", b"1" * 5000, b"[" * 100_000, b"\xff\xfe", b'{"length": 1}',
+    {"length": -1}, {"length": 20.0}, {"length": None}, {"length": True}, {"length": 10**30}, {"length": "20"},
+    {"length": 1e400}, {"length": [20]}, {"length": 2**40 - 1}, {"length": 3}, {"sinks": 8}, {"sinks": -1},
+    {"sinks": 1.0}, {"oldest": 99}, {"oldest": 0}, {"oldest": 20}, {"more": 1}, {"modules": {}}, {"codec": 7},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("head", FORGED, ids=lambda h: str(h)[:20])
+def test_a_state_that_was_forged_is_refused_and_changes_nothing(head: bytes | dict[str, Any]) -> None:
+    ring = a_full_one()
+    before = ring.save()
+    with pytest.raises(CacheError):
+        ring.load(forged(a_full_one(), head))
+    assert ring.save() == before
+    ring.load(forged(a_full_one(), {}))
+
+
+@pytest.mark.parametrize("state", [None, "state", 3, [b"x"], b"TRITKV3", MAGIC, MAGIC + b"{}\n"], ids=repr)
+def test_what_is_no_state_is_refused(state: Any) -> None:
+    with pytest.raises(CacheError):
+        a_full_one().load(state)
+
+
+json_values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), st.lists)
+
+
+@given(junk=json_values, key=st.integers(0, 9))
+def test_any_json_in_place_of_a_number_is_refused_or_harmless(junk: Any, key: int) -> None:
+    ring = a_full_one()
+    before = ring.save()
+    name = sorted(json.loads(before[len(MAGIC) :].partition(b"\n")[0]))[key]
+    try:
+        ring.load(forged(ring, {name: junk}))
+    except CacheError:
+        assert ring.save() == before
+
+
+def test_an_interrupted_chunk_cannot_be_undone_past_what_it_overwrote() -> None:
+    """Its first layer was written, then came Ctrl-C: the length is as before, but old tokens are gone."""
+    ring = a_full_one()
+    assert ring.length == 20 and ring.oldest == 11
+    ring.note_turns(*angles(frequencies(CONFIG), np.arange(20, 24)))
+    KERNELS.append(np.ones((4, 12), np.float32), np.ones((4, 12), np.float32), ring, 0)
+    with pytest.raises(CacheError, match="slid out"):
+        ring.trim(17)
+    ring.trim(20)
+    copy = a_full_one()
+    copy.load(ring.save())
+    assert copy.oldest == ring.oldest == 15
+
+
+def test_sinks_can_change_until_something_has_slid_out() -> None:
+    made = Listed(8, 2, 4, "f16")
+    for i in range(2):
+        made.append(4, i)
+    made.ring.sinks = 5
+    for i in range(4):
+        made.append(4, i)
+        made.check()
+    with pytest.raises(CacheError, match="slid out"):
+        made.ring.sinks = 2
 
 
 def test_bad_arguments_are_refused() -> None:
@@ -180,8 +248,6 @@ def test_bad_arguments_are_refused() -> None:
     for n in (-1, 21):
         with pytest.raises(CacheError, match="cannot keep"):
             ring.trim(n)
-    with pytest.raises(CacheError, match="reset it first"):
-        ring.sinks = 1
 
 
 def test_bytes_for_each_token() -> None:
