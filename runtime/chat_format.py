@@ -7,10 +7,11 @@ template renders. Other templates are code: see jinja_format.py, used only when 
 
 from __future__ import annotations
 
+import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .chat_pieces import (
@@ -42,6 +43,20 @@ class ChatFormat(ABC):
     name: ClassVar[str] = ""
     ends_turn: ClassVar[Control | None] = None
 
+    def with_tools(self, text: str) -> ChatFormat:
+        """Return a format that tells the model of functions; text: what it is told (see tool_calls.py).
+
+        Raises ChatFormatError if the model's format has no place for functions.
+        """
+        raise ChatFormatError(f"the chat format {self.name} has no functions to call; llama3 has (chat_format)")
+
+    def check(self, messages: Sequence[Mapping[str, Any] | Message]) -> list[Message]:
+        """Check messages, also for calls of functions where the format has none. Raises ChatFormatError."""
+        checked = check_messages(messages)
+        if any(message.calls for message in checked):
+            self.with_tools("")
+        return checked
+
     @abstractmethod
     def pieces(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[Piece]:
         """Write the messages as text and control tokens. Raises ChatFormatError if the format has no place
@@ -57,7 +72,7 @@ class ChatFormat(ABC):
 
         Raises ChatFormatError for bad messages, or if the tokenizer lacks a control token of the format.
         """
-        return encode_pieces(tokenizer, self.pieces(check_messages(messages), add_generation_prompt))
+        return encode_pieces(tokenizer, self.pieces(self.check(messages), add_generation_prompt))
 
     def stop_ids(self, tokenizer: Tokenizer) -> frozenset[int]:
         """Return the id that ends a turn: some files name only the end of the text as end token."""
@@ -67,13 +82,20 @@ class ChatFormat(ABC):
 
 @dataclass(frozen=True)
 class Llama3Format(ChatFormat):
-    """Llama 3; with `dates`, the preamble of the system message that 3.1, 3.2 and 3.3 have."""
+    """Llama 3; with `dates`, the preamble of the system message that 3.1, 3.2 and 3.3 have.
+
+    tools: what the model is told of functions, in front of the first message after the system's
+    """
 
     dates: str | None = None
     trim: bool = True
+    tools: str = ""
 
     name: ClassVar[str] = "llama3"
     ends_turn: ClassVar[Control | None] = Control("<|eot_id|>")
+
+    def with_tools(self, text: str) -> Llama3Format:
+        return replace(self, tools=text)
 
     def pieces(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[Piece]:
         messages = _with_system(messages, self.system)
@@ -82,9 +104,18 @@ class Llama3Format(ChatFormat):
             system = ""
             if messages[0].role == "system":
                 system, messages = messages[0].content, messages[1:]
-            out += self._turn("system", self.dates + self._text(system))
+            out += self._turn("system", "Environment: ipython\n" * bool(self.tools) + self.dates + self._text(system))
+        told = self.tools
         for message in messages:
-            out += self._turn(message.role, self._text(message.content), message.ids)
+            if told and message.role != "system":
+                out += self._turn("user", told + self._text(message.content))
+                told = ""
+            elif message.role == "tool":
+                out += self._turn("ipython", json.dumps(message.content, ensure_ascii=False))
+            else:
+                out += self._turn(message.role, self._text(message.content), message.ids)
+        if told:
+            raise ChatFormatError("functions are told of in the first user message, and there is none")
         return out + (self._header("assistant") if add_generation_prompt else [])
 
     def _text(self, content: str) -> str:

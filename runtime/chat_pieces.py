@@ -6,10 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from .tool_calls import write_call
+
 if TYPE_CHECKING:
     from .tokenizer import Tokenizer
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
 
 
 class ChatFormatError(ValueError):
@@ -25,11 +27,13 @@ class Control:
 
 @dataclass(frozen=True)
 class Message:
-    """One message. ids: the tokens that an answer was made of, if they are known."""
+    """One message. ids: the tokens that an answer was made of, if they are known; calls: whether it calls a
+    function, or is what a function returned."""
 
     role: str
     content: str
     ids: tuple[int, ...] = ()
+    calls: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,14 +66,26 @@ def _check_message(message: Any, where: str) -> Message:
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
         raise ChatFormatError(f"{where}: the role must be one of {', '.join(ROLES)}, got {role!r}")
-    extra = [str(key) for key, value in message.items() if value and key not in ("role", "content", "name")]
+    known = {"assistant": ("tool_calls",), "tool": ("tool_call_id",)}.get(role, ())
+    extra = [str(key) for key, value in message.items() if value and key not in ("role", "content", "name", *known)]
     if extra:
         raise ChatFormatError(f"{where}: {', '.join(extra)} is not supported; text messages only")
+    if role == "assistant" and message.get("tool_calls"):
+        return _check_call(message["tool_calls"], where)
     if isinstance(content, Sequence) and not isinstance(content, (str, bytes)):
         content = "".join(_text_of_part(part, where) for part in content)
     if not isinstance(content, str):
         raise ChatFormatError(f"{where}: the content must be text, got {type(content).__name__}")
-    return Message(role, content)
+    return Message(role, content, calls=role == "tool")
+
+
+def _check_call(calls: Any, where: str) -> Message:
+    if not isinstance(calls, Sequence) or isinstance(calls, (str, bytes)) or len(calls) != 1:
+        raise ChatFormatError(f"{where}: tool_calls must be a list of one call; the model makes one at a time")
+    try:
+        return Message("assistant", write_call(calls[0]), calls=True)
+    except ValueError as exc:
+        raise ChatFormatError(f"{where}: {exc}") from exc
 
 
 def _text_of_part(part: Any, where: str) -> str:

@@ -14,7 +14,8 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from .chat_format import ChatFormat, ChatFormatError, select_format
-from .chat_pieces import Message, check_messages
+from .chat_pieces import Message
+from .constraint import vocabulary
 from .fair_lock import FairLock
 from .generate import DEFAULT_SINKS, Criterion, Run, Session, TextPiece, common_length, generate_text
 from .model import Model, Signal
@@ -110,6 +111,7 @@ class Engine:
             self._select_chat_format(chat_format, jinja)
             check_memory(kv_bytes_per_token(self.config) * (self.n_ctx + n_batch), self.n_ctx)
             self._n_batch, self._users = n_batch, _Users(self.model)
+            self._vocabularies: dict[frozenset[int], Any] = {}
             self._open_session()
         except BaseException:
             self.model.close()
@@ -145,10 +147,12 @@ class Engine:
         return sampler
 
     def prepare_chat(
-        self, messages: Sequence[Mapping[str, Any] | Message], sampler: Sampler, **options: Any
+        self, messages: Sequence[Mapping[str, Any] | Message], sampler: Sampler, tools: str = "", **options: Any
     ) -> Run:
-        """Like `prepare`, for messages in the model's chat format."""
-        chat_format, checked = self.require_chat_format(), check_messages(messages)
+        """Like `prepare`, for messages in the model's chat format. tools: what it is told of functions."""
+        chat_format = self.require_chat_format()
+        chat_format = chat_format.with_tools(tools) if tools else chat_format
+        checked = chat_format.check(messages)
         ids = chat_format.encode(self.tokenizer, checked)
         sinks = DEFAULT_SINKS
         if self.keep is None:
@@ -198,6 +202,12 @@ class Engine:
             for piece in generate_text(self._session, self.tokenizer, run):
                 yield piece
                 self._owner = threading.get_ident()
+
+    def vocabulary(self, ends: frozenset[int]) -> Any:
+        """Return the tokenizer as answers in JSON need it; ends: ids that end an answer. Raises OptionError."""
+        if ends not in self._vocabularies:
+            self._vocabularies[ends] = vocabulary(self.tokenizer, self.config.vocab_size, ends)
+        return self._vocabularies[ends]
 
     @property
     def is_base(self) -> bool:

@@ -23,7 +23,6 @@ from .chat_pieces import (
     Control,
     Message,
     Piece,
-    check_messages,
     encode_pieces,
 )
 
@@ -64,7 +63,7 @@ class JinjaFormat(ChatFormat):
             "tools": None,
             "documents": None,
         }
-        texts = self.split(check_messages(messages), values)
+        texts = self.split(self.check(messages), values)
         return encode_pieces(tokenizer, _find_controls(texts, tokenizer.special))
 
     def split(self, messages: Sequence[Message], values: Mapping[str, Any]) -> list[tuple[str, bool]]:

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import io
 import os
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from .engine import Engine, Progress
-from .errors import CacheError
-from .generate import Run
-from .openai_shapes import ChatShape, CompletionShape, LogProbs, Shape
-from .options import check_prompt, log_probs
-from .sampler import OptionError
+from .errors import CacheError, LogitsError
+from .generate import Criterion
+from .jobs import chat_job, completion_job, prompts_of
+from .model import Signal
+from .options import check_prompt
+from .sampler import OptionError, Processor
 from .state import read_session, restore_session, session_parts, write_private
+from .stream import Stream
 
 T = TypeVar("T")
-Answer = dict[str, Any] | Iterator[dict[str, Any]]
+Answer = dict[str, Any] | Stream
+POOLINGS = ("mean", "last")
 
 
 class Llama(Engine):
@@ -37,7 +39,8 @@ class Llama(Engine):
     never slide out of a full context, default the system message.
 
     What was read stays in the context: the next call re-reads only where its prompt departs from it. Calls
-    from several threads queue. Nothing is printed; messages go to the logger "tritllama".
+    from several threads queue; `session()` opens another context over the same weights, and then they run side
+    by side. Nothing is printed; messages go to the logger "tritllama". Pickled by its path and arguments.
 
     Raises FormatError or ConfigError for a bad file, BackendError, OptionError or ChatFormatError for a bad
     argument, OSError if the file cannot be opened.
@@ -76,28 +79,34 @@ class Llama(Engine):
         stop: str | Sequence[str] | None = None,
         stream: bool = False,
         logprobs: int | None = None,
-        cancel: threading.Event | None = None,
+        response_format: Mapping[str, Any] | None = None,
+        logits_processor: Processor | Sequence[Processor] | None = None,
+        stopping_criteria: Criterion | Sequence[Criterion] | None = None,
+        cancel: Signal | None = None,
         progress: Progress | None = None,
     ) -> Answer:
-        """Continue a text; returns OpenAI's text_completion, or an iterator of its chunks with `stream`.
+        """Continue a text; returns OpenAI's text_completion, or a Stream of its chunks with `stream`.
 
         prompt: text in which control tokens are plain text, or ids; max_tokens: None goes on until a stop or
         until the context is full, -1 until a stop, for which the oldest tokens slide out; logprobs: how many
-        of the likeliest tokens to tell at each place, up to 20; cancel: an event that ends the run, with
-        finish_reason "cancelled"; progress: called with (done, total) while the prompt is read.
+        of the likeliest tokens to tell at each place, up to 20; response_format: {"type": "json_object"}, or
+        "json_schema" as OpenAI has it (extra "json"); logits_processor: (ids, logits) -> logits, before all
+        other steps; stopping_criteria: (ids, logits) -> bool, True ends the answer after the last of the ids;
+        cancel: an event that ends the run, in the prompt too, with finish_reason "cancelled"; progress: called
+        with (done, total) while the prompt is read.
         Options left at None are those of the model's file, else llama.cpp's (see SamplingOptions).
 
-        Raises ContextOverflowError for a prompt longer than n_ctx, OptionError for a bad value.
+        Raises ContextOverflowError for a prompt longer than n_ctx, OptionError for a bad value, LogitsError
+        where the model computes no numbers, BusyError in the middle of this thread's own stream.
         """
-        sampler = self.sampler(
+        job = completion_job(
+            self, prompt, logprobs=logprobs, response_format=response_format,
             seed=seed, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
             repeat_penalty=repeat_penalty, repeat_last_n=repeat_last_n, presence_penalty=presence_penalty,
-            frequency_penalty=frequency_penalty, logit_bias=logit_bias,
+            frequency_penalty=frequency_penalty, logit_bias=logit_bias, max_tokens=max_tokens, stop=stop,
+            processors=logits_processor, criteria=stopping_criteria, cancel=cancel, progress=progress,
         )  # fmt: skip
-        collector = log_probs(logprobs, "logprobs")
-        ids = self.tokenize(prompt) if isinstance(prompt, str) else prompt
-        run = self.prepare(ids, sampler, max_tokens=max_tokens, stop=stop, cancel=cancel, progress=progress)
-        return self._answer(CompletionShape, run, collector, stream)
+        return job.stream(self) if stream else job.whole(self)
 
     __call__ = create_completion
 
@@ -120,29 +129,79 @@ class Llama(Engine):
         stream: bool = False,
         logprobs: bool = False,
         top_logprobs: int | None = None,
-        cancel: threading.Event | None = None,
+        response_format: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        logits_processor: Processor | Sequence[Processor] | None = None,
+        stopping_criteria: Criterion | Sequence[Criterion] | None = None,
+        cancel: Signal | None = None,
         progress: Progress | None = None,
     ) -> Answer:
-        """Answer a conversation; returns OpenAI's chat.completion, or an iterator of its chunks.
+        """Answer a conversation; returns OpenAI's chat.completion, or a Stream of its chunks.
 
-        messages: [{"role": "system" | "user" | "assistant", "content": text}, ...]; the rest as in
-        create_completion, but for OpenAI's way of asking for logprobs here.
+        messages: [{"role": "system" | "user" | "assistant" | "tool", "content": text}, ...]; tools: functions
+        that the model may call, for models with the chat format llama3; tool_choice: "auto", "none",
+        "required" or one function; the rest as in create_completion, but for OpenAI's way of asking for
+        logprobs here.
 
         Raises ChatFormatError for bad messages or a model without a chat format, and what
         create_completion raises.
         """
-        sampler = self.sampler(
+        job = chat_job(
+            self, messages, logprobs=logprobs, top_logprobs=top_logprobs, response_format=response_format,
+            tools=tools, tool_choice=tool_choice,
             seed=seed, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
             repeat_penalty=repeat_penalty, repeat_last_n=repeat_last_n, presence_penalty=presence_penalty,
-            frequency_penalty=frequency_penalty, logit_bias=logit_bias,
+            frequency_penalty=frequency_penalty, logit_bias=logit_bias, max_tokens=max_tokens, stop=stop,
+            processors=logits_processor, criteria=stopping_criteria, cancel=cancel, progress=progress,
         )  # fmt: skip
-        if top_logprobs is not None and not logprobs:
-            raise OptionError("top_logprobs needs logprobs=True")
-        collector = log_probs(top_logprobs or 0, "top_logprobs") if logprobs else None
-        run = self.prepare_chat(
-            messages, sampler, max_tokens=max_tokens, stop=stop, cancel=cancel, progress=progress
-        )
-        return self._answer(ChatShape, run, collector, stream)
+        return job.stream(self) if stream else job.whole(self)
+
+    # ==== Embeddings ====
+
+    def embed(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        pooling: str = "mean",
+        normalize: bool = True,
+        cancel: Signal | None = None,
+    ) -> npt.NDArray[np.float32]:
+        """Return one vector for a text or ids: (dim,) float32, of length 1 with `normalize`.
+
+        pooling: "mean" of the final states of all tokens, or the "last" token's
+        Raises ContextOverflowError for more tokens than n_ctx, OptionError, Cancelled once `cancel` is set.
+        """
+        self._check_open()
+        if pooling not in POOLINGS:
+            raise OptionError(f"pooling must be {' or '.join(POOLINGS)}, got {pooling!r}")
+        ids = self.tokenize(prompt) if isinstance(prompt, str) else prompt
+        ids = check_prompt(ids, self.config.vocab_size, self.n_ctx)
+        with self._exclusive():
+            cache = self.model.new_cache(max(2, len(ids)), n_batch=self._n_batch, kv=self._kv)
+            states = self.model.forward(ids, cache, "states", cancel=cancel)
+        assert states is not None
+        vector = states.mean(axis=0) if pooling == "mean" else states[-1].copy()
+        length = float(np.linalg.norm(vector))
+        if not np.isfinite(length):
+            raise LogitsError("the model computes states that are no numbers: its file is damaged")
+        return vector / np.float32(length) if normalize and length > 0 else vector
+
+    def create_embedding(
+        self,
+        input: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]],
+        *,
+        pooling: str = "mean",
+        normalize: bool = True,
+        cancel: Signal | None = None,
+    ) -> dict[str, Any]:
+        """Return OpenAI's list of embeddings, one for each text or list of ids. Raises what `embed` raises."""
+        prompts = [self.tokenize(item) if isinstance(item, str) else item for item in prompts_of(input, "input")]
+        vectors = [self.embed(ids, pooling=pooling, normalize=normalize, cancel=cancel) for ids in prompts]
+        data = [{"object": "embedding", "index": i, "embedding": v.tolist()} for i, v in enumerate(vectors)]
+        count = sum(map(len, prompts))
+        usage = {"prompt_tokens": count, "total_tokens": count}
+        return {"object": "list", "data": data, "model": self.path.name, "usage": usage}
 
     # ==== State ====
 
@@ -184,9 +243,3 @@ class Llama(Engine):
             result = read(saved.conversation)
             restore_session(self._session, saved, stream)
         return result
-
-    def _answer(self, shape_class: type[Shape], run: Run, collector: LogProbs | None, stream: bool) -> Answer:
-        run.watch = None if collector is None else collector.watch
-        shape = shape_class(self.path.name, self.fingerprint, self.tokenizer, collector)
-        pieces = self.pieces(run)
-        return shape.stream(run, pieces) if stream else shape.whole(run, pieces)

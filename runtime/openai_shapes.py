@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from .generate import Run, TextPiece
 from .sampler import Floats, log_probabilities
+from .tool_calls import read_calls
 
 if TYPE_CHECKING:
     from .tokenizer import Tokenizer
@@ -58,11 +59,11 @@ class Shape:
             text += piece.text
             tokens += piece.tokens
         choice = {**self._text(text), "logprobs": self._logprobs_of(tokens)}
-        choice["finish_reason"] = run.stats.finish_reason
+        choice["finish_reason"] = self._reason(run, choice)
         head = {**self._head, "object": self.object_name}
         return {**head, "choices": [{"index": 0, **choice}], **finished(run)}
 
-    def stream(self, run: Run, pieces: Iterator[TextPiece]) -> Iterator[dict[str, Any]]:
+    def stream(self, run: Run, pieces: Iterator[TextPiece]) -> Generator[dict[str, Any], None, None]:
         """Yield chunks; the last has finish_reason, usage and what else is known at the end."""
         head = {**self._head, "object": self.chunk_name or self.object_name}
 
@@ -72,9 +73,10 @@ class Shape:
         with closing(pieces):  # type: ignore[type-var]
             if first := self._first():
                 yield chunk(first)
-            for piece in pieces:
+            for piece in self._ready(pieces):
                 yield chunk({**self._delta(piece.text), "logprobs": self._logprobs_of(piece.tokens)})
-        yield {**chunk(self._last(), run.stats.finish_reason), **finished(run)}
+        last = self._last()
+        yield {**chunk(last, self._reason(run, last)), **finished(run)}
 
     def _text(self, text: str) -> dict[str, Any]:
         raise NotImplementedError
@@ -87,6 +89,13 @@ class Shape:
 
     def _last(self) -> dict[str, Any]:
         return self._text("")
+
+    def _ready(self, pieces: Iterator[TextPiece]) -> Iterator[TextPiece]:
+        """Give the pieces that may be shown as they come."""
+        return pieces
+
+    def _reason(self, run: Run, choice: dict[str, Any]) -> str:
+        return run.stats.finish_reason
 
     def _logprobs_of(self, tokens: list[tuple[int, int]]) -> dict[str, Any] | None:
         raise NotImplementedError
@@ -121,12 +130,35 @@ class CompletionShape(Shape):
 
 
 class ChatShape(Shape):
-    """chat.completion with a message, chat.completion.chunk with deltas."""
+    """chat.completion with a message, chat.completion.chunk with deltas.
+
+    functions: names of those that the model may call; a call is held back until it is whole
+    """
 
     prefix, object_name, chunk_name = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
+    def __init__(self, *args: Any, functions: Sequence[str] = ()) -> None:
+        super().__init__(*args)
+        self._functions = tuple(functions)
+        self._calls: list[dict[str, Any]] = []
+
     def _text(self, text: str) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": text}}
+        message: dict[str, Any] = {"role": "assistant", "content": text}
+        if calls := read_calls(text, self._functions):
+            message |= {"content": None, "tool_calls": calls}
+        return {"message": message}
+
+    def _ready(self, pieces: Iterator[TextPiece]) -> Iterator[TextPiece]:
+        text, tokens = "", list[tuple[int, int]]()
+        for piece in pieces:
+            text, tokens = text + piece.text, tokens + piece.tokens
+            if not self._functions or text.lstrip()[:1] not in ("", "{"):
+                yield TextPiece(text, tokens)
+                text, tokens = "", []
+                self._functions = ()
+        if text or tokens:
+            self._calls = read_calls(text, self._functions)
+            yield TextPiece("" if self._calls else text, tokens)
 
     def _delta(self, text: str) -> dict[str, Any]:
         return {"delta": {"content": text}}
@@ -135,7 +167,12 @@ class ChatShape(Shape):
         return {"delta": {"role": "assistant", "content": ""}}
 
     def _last(self) -> dict[str, Any]:
-        return {"delta": {}}
+        calls = [{"index": i, **call} for i, call in enumerate(self._calls)]
+        return {"delta": {"tool_calls": calls} if calls else {}}
+
+    def _reason(self, run: Run, choice: dict[str, Any]) -> str:
+        called = "tool_calls" in (choice.get("message") or choice.get("delta") or {})
+        return "tool_calls" if called and run.stats.finish_reason == "stop" else run.stats.finish_reason
 
     def _logprobs_of(self, tokens: list[tuple[int, int]]) -> dict[str, Any] | None:
         if self._logprobs is None:

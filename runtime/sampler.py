@@ -1,7 +1,8 @@
 """From logits to the next token.
 
-The steps, in order: the caller's processors, repeat penalty, presence and frequency penalty, logit bias, top-k, top-p, min-p,
-temperature. The last four stand as in llama.cpp's default chain: the temperature does not change what is cut.
+The steps, in order: the caller's processors, repeat penalty, presence and frequency penalty, logit bias, top-k,
+top-p, min-p, temperature. The last four stand as in llama.cpp's default chain: the temperature does not change
+what is cut.
 """
 
 from __future__ import annotations
@@ -115,6 +116,8 @@ class Sampler:
             cumulative = np.cumsum(np.exp(values - log_total))
             keep = int(np.searchsorted(cumulative, options.top_p)) + 1
             ids, values = ids[:keep], values[:keep]
+        possible = values > -math.inf
+        ids, values = ids[possible], values[possible]
         if options.min_p > 0:
             near = values >= values.max() + math.log(options.min_p)
             ids, values = ids[near], values[near]

@@ -161,10 +161,12 @@ def test_ends_of_turn_are_stops() -> None:
         ([], "messages is empty"),
         ("hi", "must be a list"),
         ([3], r"messages\[0\] must be"),
-        ([{"role": "tool", "content": "x"}], "role must be one of system, user, assistant, got 'tool'"),
+        ([{"role": "critic", "content": "x"}], "role must be one of system, user, assistant, tool, got 'critic'"),
         ([{"role": "user"}], "content must be text, got NoneType"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], "a part of the content"),
-        ([{"role": "assistant", "content": "", "tool_calls": [1]}], "tool_calls is not supported"),
+        ([{"role": "user", "content": "", "tool_calls": [1]}], "tool_calls is not supported"),
+        ([{"role": "assistant", "content": "", "tool_calls": [1]}], "a tool call must be"),
+        ([{"role": "assistant", "content": "", "tool_calls": [1, 2]}], "one at a time"),
     ],
 )
 def test_bad_messages(messages: Any, text: str) -> None:
