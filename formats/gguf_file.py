@@ -6,6 +6,7 @@ Llama 3) and answers a file that was cut short with errors about array shapes; h
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import struct
@@ -195,11 +196,14 @@ def _place(path: Path, name: str, shape: tuple[int, ...], kind: int, offset: int
 
 
 def _check_inside(path: Path, tensors: dict[str, GGUFTensor], size: int) -> None:
+    """Raise SourceError unless every tensor lies in the file, and none in another."""
+    start, before = 0, ""
     for tensor in sorted(tensors.values(), key=lambda t: t.offset):
-        rows = 1
-        for n in tensor.shape[:-1]:
-            rows *= n
-        end = tensor.offset + rows * tensor.row_bytes
+        end = tensor.offset + math.prod(tensor.shape[:-1]) * tensor.row_bytes
+        if tensor.offset < start:
+            message = f"begins at byte {tensor.offset}, inside of {before}: the file is damaged, download it again"
+            raise SourceError(path, message, tensor.name)
+        start, before = end, tensor.name
         if end > size:
             raise SourceError(
                 path,

@@ -158,6 +158,8 @@ def _rope_scaling(
     factors = gguf.tensors.get(ROPE_FACTORS)
     if factors is None:
         return scaling
+    if factors.type != "F32":
+        raise UnsupportedError(gguf.path, f"rope factors of type {factors.type}; supported is F32", ROPE_FACTORS)
     values = factors.read(slice(None)).reshape(-1)
     if scaling is not None:
         raise UnsupportedError(gguf.path, "linear rope scaling and rope factors together", ROPE_FACTORS)

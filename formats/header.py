@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import struct
 import zlib
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -20,16 +18,14 @@ from .errors import (
     UnsupportedError,
     UnsupportedVersionError,
 )
+from .strict_json import parse_json
 
 MAGIC = b"TRIT"
 VERSION = 1
 PREFIX = struct.Struct("<4sIQ")
 MAX_HEADER = 16 << 20
-MAX_VALUES = 250_000
-MAX_DEPTH = 32
 MAX_NAME = 256
 MAX_WEIGHTS = 1 << 48
-MAX_INT = 1 << 63
 FEATURES = ("kv_modules",)
 SECTIONS = ("config", "tokenizer", "chat", "generation", "licence", "source")
 
@@ -129,67 +125,6 @@ def _what_it_is(start: bytes) -> str:
     if not found:
         found = f"a file that begins with {start[:4]!r}, not {MAGIC!r}"
     return f"not a .trit file: this is {found}"
-
-
-def parse_json(data: bytes, path: str) -> Any:
-    """Parse JSON more strictly than `json` does: no duplicate keys, finite numbers, bounded size and depth.
-
-    Raises HeaderError.
-    """
-    # Commas and brackets bound the number of values before any object is made.
-    if sum(data.count(mark) for mark in (b",", b"[", b"{")) > MAX_VALUES:
-        raise HeaderError(path, f"the header holds more than {MAX_VALUES} values")
-
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(items)
-        if len(result) != len(items):
-            twice = Counter(key for key, _ in items).most_common(1)[0][0]
-            raise HeaderError(path, f"key {twice[:80]!r} stands twice in the header")
-        return result
-
-    def integer(text: str) -> int:
-        # The length comes first: converting a million digits takes seconds.
-        if len(text) > 20 or not -MAX_INT <= int(text) < MAX_INT:
-            raise HeaderError(path, f"number {text[:24]}... in the header does not fit 64 bits")
-        return int(text)
-
-    def real(text: str) -> float:
-        value = float(text)
-        if not math.isfinite(value):
-            raise HeaderError(path, f"number {text[:24]} in the header is not finite")
-        return value
-
-    try:
-        text = data.decode("utf-8")
-        value = json.loads(text, object_pairs_hook=pairs, parse_int=integer, parse_float=real, parse_constant=real)
-    except UnicodeDecodeError as e:
-        raise HeaderError(path, f"the header is not UTF-8 ({e.reason} at byte {e.start})") from e
-    except json.JSONDecodeError as e:
-        raise HeaderError(path, f"the header is not JSON ({e.msg} at character {e.pos})") from e
-    except RecursionError as e:
-        raise HeaderError(path, f"the header is nested deeper than {MAX_DEPTH} levels") from e
-    _check_strings_and_depth(value, b"\\u" in data, path)
-    return value
-
-
-def _check_strings_and_depth(value: Any, escapes: bool, path: str) -> None:
-    """Refuse deep nesting, and half surrogates, which JSON can escape but no text can hold."""
-    level = [value]
-    for _ in range(MAX_DEPTH):
-        below: list[Any] = []
-        for item in level:
-            if isinstance(item, dict):
-                below += item.values()
-                if escapes:
-                    below += item
-            elif isinstance(item, list):
-                below += item
-            elif escapes and isinstance(item, str) and any("\ud800" <= c <= "\udfff" for c in item):
-                raise HeaderError(path, "a text in the header holds half of a surrogate pair")
-        level = below
-        if not level:
-            return
-    raise HeaderError(path, f"the header is nested deeper than {MAX_DEPTH} levels")
 
 
 # ======== checking

@@ -11,8 +11,8 @@ Used by the tokenizer types "bpe" and "tiktoken". All integers are little-endian
 | 12 * n_merges | u32 (left, right, result) token ids of each merge |
 | ends[n_tokens] | data: the raw bytes of all tokens, in id order |
 
-A token of zero bytes is one that merging never makes: a control or added token (its text is in the header)
-or an unused id. All other tokens differ, and none is longer than MAX_TOKEN_BYTES. A merge joins two tokens
+A token of zero bytes is one that merging never makes: a control token (always) or added token, whose text is in
+the header, or an unused id. All other tokens differ, and none is longer than MAX_TOKEN_BYTES. A merge joins two tokens
 of one byte or more into the token that is their concatenation (so a merge can never lead back to its own
 parts), and no pair is listed twice. Type "bpe": the order of the list is the priority, first merge first.
 Type "tiktoken": the list holds every split of every token into two tokens, and the priority is the id of
@@ -37,6 +37,7 @@ MAX_TOKEN_BYTES = 4096
 VOCAB_BLOB = "tokenizer.vocab"
 
 _HEAD = struct.Struct("<8sII")
+_MASKS = np.array([(1 << 8 * n) - 1 for n in range(9)], np.uint64)  # the first n of eight bytes
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def unpack_vocab(blob: bytes, path: str | os.PathLike[str], tensor: str = VOCAB_
         raise bad(f"a token of {lengths.max()} bytes, at most {MAX_TOKEN_BYTES} are allowed")
     bounds = (ends + start).tolist()
     tokens = [blob[a:b] for a, b in pairwise(bounds)]
-    problem = check_merges(lengths, merges)
+    problem = check_merges(blob[start:], ends, merges)
     if problem:
         raise bad(problem)
     ids = dict(zip(tokens, range(n_tokens), strict=True))
@@ -110,17 +111,31 @@ def unpack_vocab(blob: bytes, path: str | os.PathLike[str], tensor: str = VOCAB_
     return Vocab(tokens, ids, merges)
 
 
-def check_merges(lengths: np.ndarray, merges: np.ndarray) -> str | None:
+def check_merges(data: bytes, ends: np.ndarray, merges: np.ndarray) -> str | None:
     """Say what is wrong with a merge list, or None.
 
-    lengths: (n_tokens,) int64, bytes per token
+    data: the bytes of all tokens; ends: (n_tokens + 1,) int64, token i is data[ends[i] : ends[i + 1]]
     merges: (n, 3) int64
     """
     if not merges.size:
         return None
-    if merges.min() < 0 or merges.max() >= lengths.size:
-        return f"a merge names token {merges.max()}, there are {lengths.size}"
-    left, right, result = lengths[merges].T
-    if left.min() < 1 or right.min() < 1 or (left + right != result).any():
+    if merges.min() < 0 or merges.max() >= ends.size - 1:
+        return f"a merge names token {merges.max()}, there are {ends.size - 1}"
+    (left, right, result), lengths = merges.T, np.diff(ends)
+    at = lengths[left]
+    if at.min() < 1 or lengths[right].min() < 1 or (at + lengths[right] != lengths[result]).any():
         return "a merge whose result is not as long as its two parts"
-    return None
+    # Eight bytes at any place, as one number
+    words: np.ndarray = np.ndarray(len(data) + 1, "<u8", data + bytes(8), strides=(1,))
+    same = _equal(words, ends[left], ends[result], at) and _equal(words, ends[right], ends[result] + at, lengths[right])
+    return None if same else "a merge whose result is not its two parts"
+
+
+def _equal(words: np.ndarray, a: np.ndarray, b: np.ndarray, counts: np.ndarray) -> bool:
+    """Tell whether the bytes from a[i] equal those from b[i], counts[i] of them, for all i."""
+    while a.size:
+        if ((words[a] ^ words[b]) & _MASKS[np.minimum(counts, 8)]).any():
+            return False
+        more = counts > 8
+        a, b, counts = a[more] + 8, b[more] + 8, counts[more] - 8
+    return True

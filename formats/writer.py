@@ -17,7 +17,8 @@ import numpy as np
 from .codec_base import Streamed
 from .codecs import CODECS, align, part_spans
 from .errors import HeaderError, TensorError
-from .header import MAGIC, MAX_HEADER, PREFIX, VERSION, check_layout, check_name, check_sections, parse_json
+from .header import MAGIC, MAX_HEADER, PREFIX, VERSION, check_layout, check_name, check_sections
+from .strict_json import parse_json
 
 _CHUNK = 16 << 20
 # The most that one line of the table takes besides its name.

@@ -11,6 +11,7 @@ WHITE_SPACE = (
     "\t\n\v\f\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
     "\u2028\u2029\u202f\u205f\u3000"
 )
+MAX_DEPTH = 30  # the compiler of `re` is recursive
 _SPACES = re.compile(f"[{WHITE_SPACE}]*")
 
 
@@ -49,7 +50,7 @@ class ControlText:
 
     @cached_property
     def _passes(self) -> list[tuple[re.Pattern[str], dict[str, int]]]:
-        return [(_any_of(group), group) for group in self._groups]
+        return [(re.compile(_any_of(group)), group) for group in self._groups]
 
     def _cut(self, text: str, pattern: re.Pattern[str], ids: Mapping[str, int], special: bool) -> list[str | int]:
         out: list[str | int] = []
@@ -70,5 +71,18 @@ class ControlText:
         return [*out, text[done:]] if done < len(text) else out
 
 
-def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
-    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))))
+def _any_of(texts: Iterable[str], depth: int = MAX_DEPTH) -> str:
+    """Write the expression that finds the longest of some texts, common beginnings once: "ab(?:cd|e)?".
+
+    So what it costs depends on the length of the texts, not on their number. depth: of groups within each other
+    """
+    groups: dict[str, list[str]] = {}
+    for text in sorted(texts, key=len, reverse=True):
+        groups.setdefault(text[:1] if depth else text, []).append(text)
+    alternatives = []
+    for group in groups.values():
+        first, last = min(group), max(group)
+        start = first[: next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))]
+        rest = [text[len(start) :] for text in group]
+        alternatives.append(re.escape(start) + (f"(?:{_any_of(rest, depth - 1)})" if len(rest) > 1 else ""))
+    return "|".join(alternatives)

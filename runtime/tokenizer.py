@@ -5,8 +5,8 @@ from __future__ import annotations
 import codecs
 import re
 import zlib
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, Protocol
 
 from formats.errors import ChecksumError, TensorError, UnsupportedError
 from formats.spm_model import MODEL_BLOB
@@ -168,15 +168,23 @@ def load_tokenizer(trit_file: TritFile) -> Tokenizer:
     A file without tokenizer gives one that knows its end tokens but can encode nothing.
     Raises HeaderError, TensorError, ChecksumError (damaged), UnsupportedError (a newer type or pre-tokenizer).
     """
-    path = trit_file.path
-    header = read_header(trit_file.tokenizer, path, trit_file.config.get("vocab_size"))
+    embeddings = trit_file.config.get("vocab_size")
+    return make_tokenizer(trit_file.tokenizer, lambda name: _blob(trit_file, name), trit_file.path, embeddings)
+
+
+def make_tokenizer(entry: Any, blob: Callable[[str], bytes], path: str, embeddings: Any = None) -> Tokenizer:
+    """Make a tokenizer from its header entry and its data. Raises as `load_tokenizer`.
+
+    blob: gives the bytes of a tensor; path: for messages; embeddings: the model's vocab_size, if it is known
+    """
+    header = read_header(entry, path, embeddings)
     tokens: list[bytes]
     if header.type == "none":
         return Tokenizer(header, None, [])
     if header.type == "sentencepiece":
-        encoder, tokens = _sentencepiece(header, _blob(trit_file, MODEL_BLOB), path)
+        encoder, tokens = _sentencepiece(header, blob(MODEL_BLOB), path)
     elif header.type in ("bpe", "tiktoken"):
-        encoder, tokens = _byte_pairs(header, _blob(trit_file, VOCAB_BLOB), path)
+        encoder, tokens = _byte_pairs(header, blob(VOCAB_BLOB), path)
     else:
         raise UnsupportedError(path, f"has a tokenizer of type {header.type!r:.60}; update tritllama")
     tokens += [b""] * (header.vocab_size - len(tokens))
@@ -192,6 +200,10 @@ def _byte_pairs(header: TokenizerHeader, blob: bytes, path: str) -> tuple[Encode
     if len(vocab.tokens) != header.vocab_size:
         message = f"has {len(vocab.tokens)} tokens, the header says {header.vocab_size}; convert the model again"
         raise TensorError(path, message, VOCAB_BLOB)
+    for text, token in header.special.items():
+        if vocab.tokens[token]:  # then plain text could become a control token
+            message = f"has bytes for the control token {text!r:.60}; convert the model again"
+            raise TensorError(path, message, VOCAB_BLOB)
     encoder = BytePairEncoder(
         vocab.ids,
         len(vocab.tokens),

@@ -323,6 +323,10 @@ def test_every_expected_problem_is_one_line_and_code_2(
     broken = folder.parent / "broken"
     write_hf(broken)
     edit_json(broken / "config.json", model_type="mixtral")
+    sampling, small = folder.parent / "sampling", folder.parent / "small"
+    write_hf(sampling)
+    (sampling / "generation_config.json").write_text('{"top_p": 1.5}')
+    write_hf(small, {"vocab_size": 300})
     cases = [
         ((), "required"),
         ((folder, "--quant", "trit4"), "-o/--out"),
@@ -331,6 +335,10 @@ def test_every_expected_problem_is_one_line_and_code_2(
         ((folder.parent / "none", "-o", out, "--quant", "f16"), "No such file"),
         ((folder / "tokenizer.json", "-o", out, "--quant", "f16"), "expected a Hugging Face folder"),
         ((broken, "-o", out, "--quant", "f16"), "mixtral"),
+        ((sampling, "-o", out, "--quant", "f16"), "sampling: cannot be run: generation: top_p must be"),
+        ((small, "-o", out, "--quant", "f16"), "tokenizer.json: has ids up to 511, but"),
+        ((folder, "-o", "", "--quant", "f16"), "is a folder"),
+        ((folder, "-o", "/dev/null", "--quant", "f16", "--overwrite"), "is a device or a pipe"),
         ((folder, "-o", folder / "x" / "y.trit", "--quant", "f16"), "no such folder"),
     ]
     for args, text in cases:

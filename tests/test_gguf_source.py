@@ -12,6 +12,7 @@ import pytest
 from gguf.constants import GGMLQuantizationType
 
 from formats.errors import UnsupportedError
+from formats.gguf_file import read_gguf
 from formats.gguf_source import llama3_factors, open_gguf, source_rows
 from formats.source import open_source
 from tests import tiny
@@ -120,6 +121,23 @@ def test_gguf_cut_anywhere_is_refused(tmp_path: Path) -> None:
     for size in [*range(4, 64, 7), *range(64, len(data), len(data) // 60), len(data) - 1]:
         cut.write_bytes(data[:size])
         refused(cut, "cut.gguf", "download it again")
+
+
+def test_gguf_tensors_in_each_other_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    write_gguf(path)
+    data = path.read_bytes()
+    offsets = sorted((t.offset, t.name) for t in read_gguf(path).tensors.values())
+    start = offsets[0][0]
+    at = data.index(offsets[1][1].encode()) + len(offsets[1][1])  # dimensions, type and offset follow the name
+    at = data.index((offsets[1][0] - start).to_bytes(8, "little"), at)
+    path.write_bytes(data[:at] + (32).to_bytes(8, "little") + data[at + 8 :])
+    refused(path, offsets[1][1], f"inside of {offsets[0][1]}")
+
+
+def test_gguf_rope_factors_are_of_one_type(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "m.gguf", extra={"rope_freqs.weight": np.ones(8, np.float16)})
+    refused(tmp_path / "m.gguf", "rope_freqs.weight", "type F16; supported is F32", kind=UnsupportedError)
 
 
 def test_gguf_version_byte_order_and_architecture(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +15,9 @@ import pytest
 from formats.container import open_trit
 from formats.errors import ChecksumError, FormatError, HeaderError, TensorError, UnsupportedError
 from formats.tokenizer_source import tokenizer_from_hf
-from formats.vocab import VOCAB_BLOB, pack_vocab
+from formats.vocab import VOCAB_BLOB, check_merges, pack_vocab
 from formats.writer import TritWriter
+from runtime.control_text import ControlText
 from runtime.tokenizer import TokenizerError, load_tokenizer
 from tests.tokenizer_texts import DATA, HARD_TEXTS, KJV, in_memory, load
 
@@ -118,6 +121,8 @@ def bad_blobs() -> dict[str, tuple[bytes, str]]:
         "merge of no token": (packed(tokens, [97, 300, 256]), "names token 300"),
         "merge of a control token": (packed(tokens, [258, 97, 97]), "as long as its two parts"),
         "merge cycle": (packed(tokens, [97, 98, 97]), "as long as its two parts"),
+        "merge of other bytes": (packed(tokens, [97, 99, 256]), "is not its two parts"),
+        "control token with bytes": (packed([*tokens[:258], b"x" * 9]), "bytes for the control token '<s>'"),
         "merge twice": (packed(tokens, [97, 98, 256], [97, 98, 256]), "twice"),
     }
 
@@ -167,3 +172,36 @@ def test_added_tokens_keep_their_text() -> None:
     tokenizer = load(({**header, "added": {"\x00": 0, "tö ken": 257}, "special": {}}, blobs))
     assert tokenizer.encode("a tö ken b") == [97, 32, 257, 32, 98]
     assert tokenizer.decode([257]) == "tö ken"
+
+
+def test_merges_of_any_length_must_spell_their_token() -> None:
+    rng = np.random.default_rng(4)
+    for size in (2, 7, 8, 9, 15, 16, 17, 40):
+        for cut in {1, size // 2, size - 1}:
+            whole = rng.bytes(size)
+            for wrong in (-1, 0, cut - 1, cut, size - 1):
+                parts = bytearray(whole)
+                if wrong >= 0:
+                    parts[wrong] ^= 1
+                data, ends = b"x" + whole + parts, np.array([0, 1, 1 + size, 1 + size + cut, 1 + 2 * size])
+                found = check_merges(data, ends, np.array([[2, 3, 1]]))
+                assert found == (None if wrong < 0 else "a merge whose result is not its two parts")
+
+
+def test_tokens_are_found_as_by_a_plain_alternation() -> None:
+    """Leftmost, and there the longest; the expression shares what the texts have in common."""
+    rng = random.Random(1)
+    for _ in range(300):
+        alphabet = rng.choice(["ab", "abc.*", "<|a"])
+        words = ("".join(rng.choices(alphabet, k=rng.randint(1, rng.choice([3, 8, 60])))) for _ in range(9))
+        texts = {text: i for i, text in enumerate(sorted(set(words)))}
+        plain = re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))))
+        text = "".join(rng.choices(alphabet, k=200))
+        found = [part for part in ControlText({}, texts).split(text, False) if isinstance(part, int)]
+        assert found == [texts[match[0]] for match in plain.finditer(text)]
+
+
+def test_thousands_of_tokens_with_one_beginning() -> None:
+    many = {f"<|reserved_{i}|>": i for i in range(5000)} | {"a" * n: 5000 + n for n in range(1, 1000)}
+    split = ControlText(many, {}).split("<|reserved_77|>x" + "a" * 700 + "<|reserved_", True)
+    assert split == [77, "x", 5700, "<|reserved_"]

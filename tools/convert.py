@@ -10,15 +10,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from formats import FormatError, SourceError
 from formats.convert import PLAIN, QUANTS, Summary, convert_several, several_paths
 from formats.plan import KEEP, MIXED
 from formats.report import report_of
 from formats.source import Source, open_source
 from runtime.cli import ArgumentParser, UserError, run
 from runtime.config import ModelConfig
-from runtime.encoder import fast_encoder
+from runtime.encoder import ENCODERS, fast_encoder
+from runtime.options import defaults_of_file
 from runtime.progress import Bar
 from runtime.sizes import kv_bytes_per_token
+from runtime.tokenizer import make_tokenizer
 
 CONTEXTS = (8192, 32768, 131072)
 HELP = "convert a Hugging Face folder or a GGUF file to a .trit file"
@@ -37,6 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bpw", type=float, metavar="F", help=f"with {MIXED}: bits per weight, at most")
     embed_help = "for embeddings and lm_head (default f16; with --quant keep: keep)"
     parser.add_argument("--embed", choices=(*PLAIN, KEEP), metavar="CODEC", help=embed_help)
+    encoder_help = "how trits are found: as tritllm v2 does (default), or the best of units fitted to each matrix"
+    parser.add_argument("--encoder", choices=tuple(ENCODERS), default="v2", help=encoder_help)
     kv_map_help = "a JSON file that names the tensors of learned KV modules (see README.md)"
     parser.add_argument("--kv-map", metavar="MAP.json", help=kv_map_help)
     parser.add_argument("--overwrite", action="store_true", help="replace OUT.trit if it is there")
@@ -71,13 +76,15 @@ def _main(argv: list[str]) -> int:
         parser.error(f"--quant {MIXED} goes with --bpw, and nothing else does")
     started = time.perf_counter()
     source = open_source(args.source, args.kv_map)
-    ModelConfig.from_dict(source.config, str(source.path))  # what the runtime cannot run is not worth converting
-    out, several = Path(args.out or "OUT.trit"), len(args.quant) > 1
+    check_runs(source)
+    out, several = Path("OUT.trit" if args.out is None else args.out), len(args.quant) > 1
     paths = several_paths(source, out, args.quant) if several else {args.quant[0]: out}
-    with Bar("convert") as bar, fast_encoder() as encode, _folder(out, several and not args.dry_run):
+    encoder = fast_encoder(name=args.encoder)
+    with Bar("convert") as bar, encoder as encode, _folder(out, several and not args.dry_run):
         summaries = convert_several(
-            source, paths, args.embed, args.overwrite, args.dry_run, bar, encode, args.bpw, args.report is not None
-        )
+            source, paths, args.embed, args.overwrite, args.dry_run, bar, encode, args.bpw, args.report is not None,
+            args.encoder,
+        )  # fmt: skip
     for note in dict.fromkeys(note for summary in summaries for note in summary.notes):
         print(f"note: {note}", file=sys.stderr)
     for summary in summaries:
@@ -90,6 +97,20 @@ def _main(argv: list[str]) -> int:
         reports = [report_of(summary) for summary in summaries]
         Path(args.report).write_text(json.dumps(reports if several else reports[0], indent=1) + "\n", encoding="utf-8")
     return 0
+
+
+def check_runs(source: Source) -> None:
+    """Refuse what the runtime would refuse in the file: configuration, recommended sampling, tokenizer.
+
+    Raises ConfigError, SourceError.
+    """
+    path = str(source.path)
+    ModelConfig.from_dict(source.config, path)
+    try:
+        defaults_of_file(source.generation, path)
+        make_tokenizer(source.tokenizer, source.blobs.__getitem__, path, source.config["vocab_size"])
+    except FormatError as exc:
+        raise SourceError(path, f"cannot be run: {exc.message.partition('; convert')[0]}", exc.tensor) from exc
 
 
 @contextmanager
