@@ -64,19 +64,20 @@ def convert(
     encode: Encode | None = None,
     bpw: float | None = None,
     report: bool = False,
+    encoder: str = "v2",
 ) -> Summary:
     """Write a source as a .trit file; on any failure nothing is left behind.
 
     quant: codec of the matrices in the layers, "keep", or "trit-mixed" with at most `bpw` bits for each weight of them
     embed: codec of the embeddings and the output matrix (default "f16", with "keep" their own)
     progress: called with (done, total, what)
-    encode: what quantises to trits; default is the reference, in NumPy
+    encode: what quantises to trits; default is the reference, in NumPy; encoder: its name, for the record
     report: measure the error of every tensor, which takes another pass over each: `facts` in the summary's plan
 
     Raises SourceError (NaN, infinity, a value that does not fit), UnsupportedError, FileExistsError, OSError;
     OptionError for an unknown codec, or for a `bpw` that cannot be had.
     """
-    return convert_several(source, {quant: path}, embed, overwrite, dry_run, progress, encode, bpw, report)[0]
+    return convert_several(source, {quant: path}, embed, overwrite, dry_run, progress, encode, bpw, report, encoder)[0]
 
 
 def convert_several(
@@ -89,6 +90,7 @@ def convert_several(
     encode: Encode | None = None,
     bpw: float | None = None,
     report: bool = False,
+    encoder: str = "v2",
 ) -> list[Summary]:
     """Write several files from one pass over the source, which appear together or not at all.
 
@@ -102,6 +104,7 @@ def convert_several(
         own = check_codecs(quant, embed, bpw)
         plan = make_plan(source, quant, own, bpw, encode, progress)
         options = f"--quant {quant} --embed {own}" + (f" --bpw {bpw:g}" if bpw else "")
+        options += "" if encoder == "v2" else f" --encoder {encoder}"
         jobs.append((Summary(Path(path), plan, [*source.notes, *notes_on(plan, done=False)]), options))
     summaries = [summary for summary, _ in jobs]
     if dry_run:

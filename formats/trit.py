@@ -182,7 +182,7 @@ def quantize_levels(w: np.ndarray | Rows, depth: int) -> tuple[np.ndarray, np.nd
     groups = -(-w.shape[1] // GROUP)
     scales = np.empty((w.shape[0], groups), np.float32)
     for start, stop in row_chunks(w.shape):
-        scales[start:stop] = _best_scales(_grouped(w, start, stop), depth).reshape(-1, groups)
+        scales[start:stop] = _best_scales(grouped(w, start, stop), depth).reshape(-1, groups)
     entries, middles = codebook(scales)
     units = np.zeros(UNITS, np.float32)
     units[:ENTRIES] = entries / np.float32(max_level(depth))
@@ -190,20 +190,20 @@ def quantize_levels(w: np.ndarray | Rows, depth: int) -> tuple[np.ndarray, np.nd
     codes = np.empty(scales.shape, np.uint8)
     for start, stop in row_chunks(w.shape):
         codes[start:stop] = np.searchsorted(middles, scales[start:stop].astype(np.float64))
-        rows = _grouped(w, start, stop)
-        q = _round_levels(rows, units[codes[start:stop].reshape(-1, 1)], depth)
+        rows = grouped(w, start, stop)
+        q = round_levels(rows, units[codes[start:stop].reshape(-1, 1)], depth)
         levels[start:stop] = q.reshape(stop - start, -1)[:, : w.shape[1]]
     return levels, codes, units
 
 
-def _grouped(w: np.ndarray | Rows, start: int, stop: int) -> np.ndarray:
+def grouped(w: np.ndarray | Rows, start: int, stop: int) -> np.ndarray:
     """Rows start..stop as groups, the last of a row padded with zeros: (n, 16) float32."""
     rows = finite_rows(w, start, stop)
     pad = -w.shape[1] % GROUP
     return (np.pad(rows, ((0, 0), (0, pad))) if pad else rows).reshape(-1, GROUP)
 
 
-def _round_levels(x: np.ndarray, unit: np.ndarray, depth: int) -> np.ndarray:
+def round_levels(x: np.ndarray, unit: np.ndarray, depth: int) -> np.ndarray:
     """Nearest level of each value, as float32; 0 where the unit is 0. `unit` broadcasts against x."""
     top = np.float32(max_level(depth))
     with np.errstate(over="ignore"):
@@ -223,7 +223,7 @@ def _best_scales(groups: np.ndarray, depth: int) -> np.ndarray:
     scales = np.zeros(len(groups), np.float32)
     for candidate in CANDIDATES:
         unit = ordered[:, candidate] / np.float32(max_level(depth))
-        rest = x - _round_levels(x, unit, depth) * unit
+        rest = x - round_levels(x, unit, depth) * unit
         error = np.zeros(len(groups))
         for values in rest:
             error += np.multiply(values, values, dtype=np.float64)

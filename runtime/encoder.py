@@ -1,4 +1,4 @@
-"""The quantiser that converters use: compiled, on all cores; the slow reference where Numba is not to be had."""
+"""The quantisers that converters use: compiled, on all cores; the slow references where Numba is not to be had."""
 
 from __future__ import annotations
 
@@ -8,26 +8,32 @@ from contextlib import contextmanager
 
 import numpy as np
 
+from formats.best_units import encode_best_reference
 from formats.codec_base import Rows
 from formats.trit_codec import Encode, Encoded, encode_reference
 
+ENCODERS: dict[str, Encode] = {"v2": encode_reference, "best": encode_best_reference}
+
 
 @contextmanager
-def fast_encoder(n_threads: int | None = None) -> Iterator[Encode]:
+def fast_encoder(n_threads: int | None = None, name: str = "v2") -> Iterator[Encode]:
     """Give the quantiser to pass to `convert`; the threads end with the block.
 
     n_threads: default is every core that this process may use. The result does not depend on it.
+    name: "v2" quantises as tritllm v2 does, byte for byte; "best" fits the units to each matrix
     """
     try:
+        from .kernels.numba_best import encode_best
         from .kernels.numba_encode import encode
         from .kernels.pool import usable_cores
     except ImportError:
-        yield encode_reference
+        yield ENCODERS[name]
         return
+    compiled = {"v2": encode, "best": encode_best}[name]
     with ThreadPoolExecutor(n_threads or usable_cores(), "trit-encode") as pool:
 
         def run(w: np.ndarray | Rows, depths: Sequence[int], dtype: str = "float32") -> Encoded:
-            return encode(w, depths, dtype, pool.map)
+            return compiled(w, depths, dtype, pool.map)
 
         try:
             yield run

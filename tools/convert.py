@@ -42,6 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--embed", choices=(*PLAIN, KEEP), metavar="CODEC", help=embed_help)
     encoder_help = "how trits are found: as tritllm v2 does (default), or the best of units fitted to each matrix"
     parser.add_argument("--encoder", choices=tuple(ENCODERS), default="v2", help=encoder_help)
+    encoder_help = "how trits are found: as tritllm v2 does (default), or the best of units fitted to each matrix"
+    parser.add_argument("--encoder", choices=tuple(ENCODERS), default="v2", help=encoder_help)
     kv_map_help = "a JSON file that names the tensors of learned KV modules (see README.md)"
     parser.add_argument("--kv-map", metavar="MAP.json", help=kv_map_help)
     parser.add_argument("--overwrite", action="store_true", help="replace OUT.trit if it is there")

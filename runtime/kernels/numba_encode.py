@@ -6,14 +6,14 @@ Groups are handled LANES at a time, one lane each, because the 16 weights of a g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
 from numba import njit
 
 from formats.codec_base import Rows, check_fits, finite_rows, row_chunks
-from formats.trit import ENTRIES, GROUP, GROUPS, ROWS, codebook, max_level
+from formats.trit import ENTRIES, GROUP, GROUPS, ROWS, UNITS, codebook, max_level
 from formats.trit_codec import Encoded, TritCodec
 
 LANES = 64
@@ -21,7 +21,7 @@ ROUNDER = np.float32(12582912.0)  # 1.5 * 2**23: adding and subtracting it round
 READ_ONLY = "Array(float32, 2, 'C', readonly=True)"
 
 
-class _Compiled:
+class Compiled:
     """A function that is compiled when it is first used. Numba keeps the code; all that it calls is in this file."""
 
     def __init__(self, function: Callable[..., None], signature: str) -> None:
@@ -37,8 +37,8 @@ class _Compiled:
         return found
 
 
-def _compiled(signature: str) -> Callable[[Callable[..., None]], _Compiled]:
-    return lambda function: _Compiled(function, signature)
+def compiled(signature: str) -> Callable[[Callable[..., None]], Compiled]:
+    return lambda function: Compiled(function, signature)
 
 
 def _network() -> list[tuple[int, int]]:
@@ -62,7 +62,7 @@ def _network() -> list[tuple[int, int]]:
 EXCHANGES = np.array(_network(), np.int64)
 
 
-@_compiled(f"void({READ_ONLY}, float32[::1], float32[:,:,::1])")
+@compiled(f"void({READ_ONLY}, float32[::1], float32[:,:,::1])")
 def _find_scales(w, tops, scales):
     """Of four order statistics of |w|, keep the one with the least squared error, for each group and depth.
 
@@ -123,7 +123,7 @@ def _find_scales(w, tops, scales):
 
 
 @njit
-def _round_block(w, scales, units, middles, limit, strip, column, level, code):
+def _round_block(w, codes, units, limit, strip, column, level, code):
     """Fill the unsigned levels and the codes of one superblock; beyond the matrix, level L and code 0.
 
     level: (5 groups, 4 quads, 16 rows, 4 inputs) uint8, written; code: (5 groups, 16 rows) uint8, written
@@ -136,11 +136,10 @@ def _round_block(w, scales, units, middles, limit, strip, column, level, code):
         start = group * GROUP
         for r in range(ROWS):
             row = strip * ROWS + r
-            nearest = 0
-            if row < n and group < scales.shape[1]:
-                for k in range(ENTRIES - 1):
-                    nearest += middles[k] < np.float64(scales[row, group])
-                unit = units[nearest]
+            code[g, r] = 0
+            if row < n and group < codes.shape[1]:
+                code[g, r] = codes[row, group]
+                unit = units[code[g, r]]
                 for j in range(GROUP):
                     x = w[row, start + j] if start + j < width else np.float32(0)
                     y = x / unit if unit > np.float32(0) else np.float32(0)
@@ -149,7 +148,6 @@ def _round_block(w, scales, units, middles, limit, strip, column, level, code):
                     q[j] = np.uint8(np.int32((y + ROUNDER) - ROUNDER) + top)
             else:
                 q[:] = np.uint8(top)
-            code[g, r] = nearest
             for quad in range(4):
                 for k in range(4):
                     level[g, quad, r, k] = q[quad * 4 + k]
@@ -189,11 +187,11 @@ def _join(level, code, depth, out):
         out[at + 2 * ROWS + r] = code[2, r] + 27 * (c3 // 9 + 3 * (c4 // 9))
 
 
-@_compiled(f"void({READ_ONLY}, {READ_ONLY}, float32[::1], float64[::1], int64, uint8[:,:,::1])")
-def _pack(w, scales, units, middles, depth, blocks):
-    """Round weights to levels of the nearest unit and pack them.
+@compiled(f"void({READ_ONLY}, uint8[:,::1], float32[::1], int64, uint8[:,:,::1])")
+def _pack(w, codes, units, depth, blocks):
+    """Round weights to levels of the units of their groups and pack them.
 
-    w: (n, in) float32; scales: (n, groups) float32; units: (32,) float32; middles: (26,) float64
+    w: (n, in) float32; codes: (n, groups) uint8; units: (32,) float32
     blocks: (ceil(n / 16), ceil(in / 80), 256 * depth + 48) uint8, written
     """
     limit = np.float32((3**depth - 1) // 2)
@@ -201,13 +199,14 @@ def _pack(w, scales, units, middles, depth, blocks):
     code = np.empty((GROUPS, ROWS), np.uint8)
     for strip in range(blocks.shape[0]):
         for column in range(blocks.shape[1]):
-            _round_block(w, scales, units, middles, limit, strip, column, level, code)
+            _round_block(w, codes, units, limit, strip, column, level, code)
             _join(level, code, depth, blocks[strip, column])
 
 
 # ==== All rows ====
 
 Run = Callable[[Callable[[tuple[int, int]], None], Iterable[tuple[int, int]]], Iterable[None]]
+Choose = Callable[[np.ndarray, int, int], np.ndarray]
 
 
 def encode(w: np.ndarray | Rows, depths: Sequence[int], dtype: str = "float32", run: Run = map) -> Encoded:
@@ -218,10 +217,8 @@ def encode(w: np.ndarray | Rows, depths: Sequence[int], dtype: str = "float32", 
     returns: {depth: (params, {"units": (32,) float32, "blocks": (strips, superblocks, bytes) uint8})}
     Raises ValueError if a value is NaN or infinite, or the largest unit does not fit the dtype.
     """
-    find_scales, pack_rows = _find_scales.ready, _pack.ready  # here, because threads would each compile them
-    chunks = list(row_chunks(w.shape, ROWS))
+    find_scales = _find_scales.ready  # here, because threads would each compile it
     tops = np.array([max_level(depth) for depth in depths], np.float32)
-    params = {"dtype": dtype}
     scales = np.empty((len(depths), w.shape[0], -(-w.shape[1] // GROUP)), np.float32)
 
     def find(chunk: tuple[int, int]) -> None:
@@ -230,25 +227,46 @@ def encode(w: np.ndarray | Rows, depths: Sequence[int], dtype: str = "float32", 
         find_scales(finite_rows(w, start, stop), tops, found)
         scales[:, start:stop] = found
 
-    for _ in run(find, chunks):
+    for _ in run(find, row_chunks(w.shape, ROWS)):
         pass
-    parts: list[dict[str, np.ndarray]] = []
-    middles: list[np.ndarray] = []
+    units: dict[int, np.ndarray] = {}
+    codes: dict[int, np.ndarray] = {}
     for depth, top, found in zip(depths, tops, scales, strict=True):
-        layout = TritCodec(depth).parts(w.shape, params)
-        parts.append({key: np.zeros(shape, kind) for key, (kind, shape) in layout.items()})
-        entries, between = codebook(found)
-        parts[-1]["units"][:ENTRIES] = entries / top
-        middles.append(between)
-        check_fits(parts[-1]["units"].max() * top, dtype, f"trit{depth}")
+        entries, middles = codebook(found)
+        units[depth] = np.zeros(UNITS, np.float32)
+        units[depth][:ENTRIES] = entries / top
+        codes[depth] = np.searchsorted(middles, found.astype(np.float64)).astype(np.uint8)
+
+    def choose(values: np.ndarray, start: int, depth: int) -> np.ndarray:
+        return codes[depth][start : start + len(values)]
+
+    return pack_nearest(w, units, choose, dtype, run)
+
+
+def pack_nearest(
+    w: np.ndarray | Rows, units: Mapping[int, np.ndarray], choose: Choose, dtype: str, run: Run
+) -> Encoded:
+    """Round a matrix to the nearest levels and pack it, at every depth that has units.
+
+    units: {depth: (32,) float32}; choose: gives the codes (n, groups) uint8 of rows (n, in) at (start, depth)
+    Raises ValueError as `encode`.
+    """
+    pack_rows = _pack.ready
+    packed: Encoded = {}
+    for depth, unit in units.items():
+        check_fits(unit.max() * np.float32(max_level(depth)), dtype, f"trit{depth}")
+        layout = TritCodec(depth).parts(w.shape, {"dtype": dtype})
+        parts = {key: np.zeros(shape, kind) for key, (kind, shape) in layout.items()}
+        parts["units"][:] = unit
+        packed[depth] = {"dtype": dtype}, parts
 
     def pack(chunk: tuple[int, int]) -> None:
         start, stop = chunk
         values = finite_rows(w, start, stop)
-        for depth, part, between, found in zip(depths, parts, middles, scales, strict=True):
-            blocks = part["blocks"][start // ROWS : -(-stop // ROWS)]
-            pack_rows(values, found[start:stop], part["units"], between, depth, blocks)
+        for depth, (_, parts) in packed.items():
+            blocks = parts["blocks"][start // ROWS : -(-stop // ROWS)]
+            pack_rows(values, choose(values, start, depth), parts["units"], depth, blocks)
 
-    for _ in run(pack, chunks):
+    for _ in run(pack, row_chunks(w.shape, ROWS)):
         pass
-    return {depth: (dict(params), part) for depth, part in zip(depths, parts, strict=True)}
+    return packed
