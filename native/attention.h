@@ -13,13 +13,12 @@ INLINE int64_t padded16(int64_t n) { return (n + 15) / 16 * 16; }
 INLINE int64_t group_of(words job) { return job[AT_HEADS] / job[AT_KV_HEADS]; }
 // Rows of one key-value head, in fours.
 INLINE int64_t rows_of_tokens(words job, int64_t tokens) { return (tokens * group_of(job) + 3) / 4 * 4; }
-INLINE int is_sliding(words job) { return job[AT_START] + job[AT_N] > job[AT_WINDOW]; }
 INLINE float *area_of(words job, int64_t unit) { return at(job[AT_AREA], unit * job[AT_AREA_BYTES]); }
 INLINE float *in(float *area, int64_t offset) { return area + offset / 4; }
 
 // The first position of the window that a query sees.
 INLINE int64_t oldest_of(words job, int64_t position) {
-    return max_of(job[AT_SINKS], position + 1 - (job[AT_WINDOW] - job[AT_SINKS]));
+    return max_of(clock_of(job, SINKS), position + 1 - (job[AT_WINDOW] - clock_of(job, SINKS)));
 }
 
 INLINE vf exp_of(float x) { return v_exp(v_splat(x)); }
@@ -94,7 +93,7 @@ static void rotate_rows(words job, words side, int64_t first, int64_t count, flo
     int64_t slot = slot_of(job, first), turn = job[AT_HEAD_DIM] * 2;
     for (int64_t i = 0; i < count; i++, x += stride) {
         rotate(x, x, at(side[SD_COS], slot * turn), at(side[SD_SIN], slot * turn), job[AT_HEAD_DIM]);
-        slot = slot + 1 < job[AT_SLOTS] ? slot + 1 : job[AT_SINKS];
+        slot = slot + 1 < job[AT_SLOTS] ? slot + 1 : clock_of(job, SINKS);
     }
 }
 
@@ -170,7 +169,7 @@ static void weigh_rows(words job, float *area, float *result, const task *t, int
     float *tops = tops_of(result, all_rows, job[AT_VALUES + SD_SEEN]), *sums = tops + all_rows;
     float *keeps = in(area, job[AT_KEEP]);
     for (int64_t r = 0; r < all_rows; r++) {
-        int64_t position = job[AT_START] + t->first + r % rows / group;
+        int64_t position = clock_of(job, LENGTH) + t->first + r % rows / group;
         int64_t seen_first = t->sinks ? low : max_of(low, oldest_of(job, position));
         int64_t seen_stop = r % rows < t->tokens * group ? min_of(high, position + 1) : low;
         float *scores = in(area, job[AT_SCORES]) + r * CACHED;
@@ -262,9 +261,9 @@ static void finish_heads(words job, float *area, float *total, int64_t rows, int
 typedef struct { int64_t oldest, end, spans, of_sinks; } sight;
 
 INLINE sight sight_of(words job, int64_t first, int64_t tokens) {
-    int64_t position = job[AT_START] + first;
+    int64_t position = clock_of(job, LENGTH) + first;
     sight s = {oldest_of(job, position), position + tokens, 0, 0};
-    s.of_sinks = s.spans = (min_of(job[AT_SINKS], s.end) + SPAN - 1) / SPAN;
+    s.of_sinks = s.spans = (min_of(clock_of(job, SINKS), s.end) + SPAN - 1) / SPAN;
     if (s.end > s.oldest) s.spans += (s.end - 1) / SPAN - s.oldest / SPAN + 1;
     return s;
 }
@@ -274,7 +273,7 @@ INLINE void set_span(words job, task *t, sight s, int64_t index) {
     int64_t base = index < s.of_sinks ? index * SPAN : (s.oldest / SPAN + index - s.of_sinks) * SPAN;
     t->sinks = index < s.of_sinks;
     t->start = t->sinks ? base : max_of(base, s.oldest);
-    t->stop = min_of(base + SPAN, t->sinks ? min_of(job[AT_SINKS], s.end) : s.end);
+    t->stop = min_of(base + SPAN, t->sinks ? min_of(clock_of(job, SINKS), s.end) : s.end);
 }
 
 // ==== Kernels ====
@@ -309,14 +308,15 @@ KERNEL(attend_pack) {
     return 0;
 }
 
-// Second: units count sets of key-value heads fastest, then runs of AT_RUN spans.
+// Second: units count sets of key-value heads fastest, then runs of spans.
 KERNEL(attend_spans) {
     UNUSED;
     words job = at(address, 0);
-    int64_t sets = job[AT_SETS], share = job[AT_KV_HEADS] / sets, which = unit % sets, run = unit / sets * job[AT_RUN];
+    int64_t sets = job[AT_SETS], share = job[AT_KV_HEADS] / sets, which = unit % sets;
     sight s = sight_of(job, job[AT_FIRST], 1);
+    int64_t length = (s.spans + job[AT_RUNS] - 1) / job[AT_RUNS], run = unit / sets * length;
     task t = {which * share, (which + 1) * share, job[AT_FIRST], 1, 0, 0, 0};
-    for (int64_t index = run; index < min_of(run + job[AT_RUN], s.spans); index++) {
+    for (int64_t index = run; index < min_of(run + length, s.spans); index++) {
         set_span(job, &t, s, index);
         float *part = at(job[AT_PARTS], (index * sets + which) * job[AT_PART_BYTES]);
         attend_span(job, area_of(job, unit), area_of(job, which), part, &t);
@@ -332,7 +332,7 @@ KERNEL(attend_join) {
     int64_t width = job[AT_VALUES + SD_SEEN];
     float *area = area_of(job, unit), *total = in(area, job[AT_TOTAL]);
     clear(total, rows, width);
-    for (int64_t index = 0; index < job[AT_SPANS]; index++) {
+    for (int64_t index = 0, spans = sight_of(job, job[AT_FIRST], 1).spans; index < spans; index++) {
         float *part = at(job[AT_PARTS], (index * sets + unit / share) * job[AT_PART_BYTES]);
         join_rows(total, rows, part, share * rows, unit % share * rows, width);
     }

@@ -7,6 +7,11 @@ enum { LONGEST_HEAD = 512 };
 enum { CHUNK = 64 };  // numbers that are encoded at a time: a whole number of groups of every codec
 #define LARGEST 65504.0f  // of float16
 
+// How far the job's ring has come.
+INLINE int64_t clock_of(words job, int which) { return ((words)at(job[AT_CLOCK], 0))[which]; }
+// Whether tokens have slid out of what the job's last token sees.
+INLINE int is_sliding(words job) { return clock_of(job, LENGTH) + job[AT_N] > job[AT_WINDOW]; }
+
 // ==== RoPE (Su et al., 2021) ====
 
 // Half-split rotation, as Hugging Face orders the rows: (a, b) -> (a cos - b sin, b cos + a sin).
@@ -31,7 +36,7 @@ static void rotate(const float *source, float *target, const float *cos, const f
 INLINE void rope_token(words job, int64_t token) {
     int64_t head_dim = job[AT_HEAD_DIM], row = head_dim * 4, turn = head_dim * 2 * token;
     const float *cos = at(job[AT_COS], turn), *sin = at(job[AT_SIN], turn);
-    int sliding = job[AT_START] + job[AT_N] > job[AT_WINDOW];
+    int sliding = is_sliding(job);
     for (int64_t head = token * job[AT_HEADS]; head < (token + 1) * job[AT_HEADS]; head++) {
         float *q = at(job[AT_Q], head * row);
         if (sliding)
@@ -48,7 +53,7 @@ INLINE void rope_token(words job, int64_t token) {
 
 // The ring slot of a position: sinks keep theirs, the others go round.
 INLINE int64_t slot_of(words job, int64_t position) {
-    int64_t sinks = job[AT_SINKS];
+    int64_t sinks = clock_of(job, SINKS);
     return position < sinks ? position : sinks + (position - sinks) % (job[AT_SLOTS] - sinks);
 }
 
@@ -147,7 +152,7 @@ static void encode(words side, int64_t row, const float *source) {
 
 // Put one token's keys and values, or their codes, into the ring.
 INLINE void append_token(words job, int64_t token) {
-    int64_t slot = slot_of(job, job[AT_START] + token);
+    int64_t slot = slot_of(job, clock_of(job, LENGTH) + token);
     for (int which = 0; which < 2; which++) {
         words side = job + (which ? AT_VALUES : AT_KEYS);
         const float *source = at(job[which ? AT_V : AT_K], token * side[SD_HEADS] * side[SD_WIDTH] * 4);
@@ -201,6 +206,6 @@ static void read_back(words job, words side, int64_t head, int64_t position, int
             expand_q4((const uint8_t *)codes, scales, padded, target);
         else
             memcpy(target, codes, padded * 4);
-        slot = slot + 1 < slots ? slot + 1 : job[AT_SINKS];
+        slot = slot + 1 < slots ? slot + 1 : clock_of(job, SINKS);
     }
 }

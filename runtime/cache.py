@@ -56,6 +56,7 @@ class KVRing:
         if chunk < 1:
             raise CacheError(f"a chunk has {chunk} tokens; it must have 1 or more")
         self.config, self.capacity, self.chunk, self.modules = config, capacity, chunk, tuple(modules)
+        self.clock = np.zeros(2, np.int64)  # length and sinks, where compiled kernels read them
         self.codec, self.length, self.sinks = codec, 0, sinks
         self.oldest = 0  # from this position on everything is still stored; it stays when tokens are taken back
         # While a chunk is appended its first token must still see what its last one pushes out of the window.
@@ -74,9 +75,18 @@ class KVRing:
         self.turns = np.zeros((2, self.slots if rotated else 0, config.head_dim // 2), np.float32)
 
     @property
+    def length(self) -> int:
+        """Tokens appended since the last reset, those that have slid out included."""
+        return int(self.clock[0])
+
+    @length.setter
+    def length(self, value: int) -> None:
+        self.clock[0] = value
+
+    @property
     def sinks(self) -> int:
         """First tokens that never slide out; it can be set until a token has slid out."""
-        return self._sinks
+        return int(self.clock[1])
 
     @sinks.setter
     def sinks(self, value: int) -> None:
@@ -84,7 +94,7 @@ class KVRing:
             raise CacheError("the number of sinks cannot change once tokens have slid out; reset the ring first")
         if not 0 <= value < self.capacity:
             raise CacheError(f"{value} sinks do not fit a context of {self.capacity}; at most {self.capacity - 1} do")
-        self._sinks = value
+        self.clock[1] = value
 
     @property
     def dropped(self) -> int:

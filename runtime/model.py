@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Literal, Protocol
+from functools import partial
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -52,19 +53,38 @@ class Layer:
         self.projections = Projections(own, file, kernels) if own else None
 
 
-class RunState:
-    """Buffers for a chunk of up to n tokens, allocated once. xb is x inside a residual branch."""
+class RunState(NamedTuple):
+    """Buffers for n tokens, one row each, allocated once. xb is x inside a residual branch."""
 
-    def __init__(self, config: ModelConfig, n: int) -> None:
-        def buffer(width: int) -> np.ndarray:
-            return np.zeros((n, width), np.float32)
+    x: np.ndarray
+    xb: np.ndarray
+    q: np.ndarray
+    q_sink: np.ndarray
+    attended: np.ndarray
+    k: np.ndarray
+    v: np.ndarray
+    gate: np.ndarray
+    up: np.ndarray
+    cos: np.ndarray
+    sin: np.ndarray
+    cos_sink: np.ndarray
+    sin_sink: np.ndarray
 
+    @classmethod
+    def allocate(cls, config: ModelConfig, n: int) -> RunState:
+        dim, hidden_dim, half = config.dim, config.hidden_dim, config.head_dim // 2
         q_dim, kv_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-        self.n = n
-        self.x, self.xb = buffer(config.dim), buffer(config.dim)
-        self.q, self.q_sink, self.attended = buffer(q_dim), buffer(q_dim), buffer(q_dim)
-        self.k, self.v = buffer(kv_dim), buffer(kv_dim)
-        self.gate, self.up = buffer(config.hidden_dim), buffer(config.hidden_dim)
+        widths = dim, dim, q_dim, q_dim, q_dim, kv_dim, kv_dim, hidden_dim, hidden_dim, half, half, half, half
+        return cls(*(np.zeros((n, width), np.float32) for width in widths))
+
+    def first(self, n: int) -> RunState:
+        """The rows of the first n tokens."""
+        return RunState(*(buffer[:n] for buffer in self))
+
+    @property
+    def turns(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """What queries and keys are rotated by: at their positions, and as seen from the sinks."""
+        return self.cos, self.sin, self.cos_sink, self.sin_sink
 
 
 class Model:
@@ -85,7 +105,9 @@ class Model:
         self.output = kernels.linear([head], [None])
         self.nbytes = sum(t.nbytes for t in file.tensors.values())
         self._freqs = frequencies(config)
-        self._state = RunState(config, 1)
+        self._one = RunState.allocate(config, 1)  # apart from the others: backends record what is done to it
+        self._scores = np.zeros((1, config.vocab_size), np.float32)
+        self._many = self._one
         self._lock = FairLock()
 
     @classmethod
@@ -145,7 +167,7 @@ class Model:
             raise ValueError(f"a token id lies outside 0..{self.config.vocab_size - 1}")
         if (cache.config, cache.modules) != (self.config, self.modules):
             raise CacheError("this context belongs to another model")
-        finish: Callable[[np.ndarray, np.ndarray], None] = self._classify
+        finish: Callable[[RunState, np.ndarray], None] = self._classify
         width = self.config.vocab_size
         if logits == "states":
             finish, width = self._normalize, self.config.dim
@@ -155,77 +177,83 @@ class Model:
             chunk = tokens[start : start + cache.chunk]
             done = start + len(chunk)
             with self._lock:
-                hidden = self._blocks(chunk, cache, cancel)
-                if wanted == len(tokens):
-                    finish(hidden, out[start:done])
-                elif wanted and done == len(tokens):
-                    finish(hidden[-1:], out)
+                _check(cancel)
+                s = self._begin(chunk, cache)
+                rows = out[start:done] if wanted == len(tokens) else out if done == len(tokens) else out[:0]
+                if len(chunk) == 1 and len(rows) and logits != "states":
+                    self.kernels.repeat(partial(self._one_token, cache), cache)
+                    rows[:] = self._scores
+                else:
+                    self._blocks(s, cache, cancel)
+                    if len(rows):
+                        finish(s, rows)
+                cache.advance(len(chunk))
             if progress is not None:
                 progress(done, len(tokens))
         if logits is None:
             return None
         return out[0] if logits == "last" else out
 
-    def _blocks(self, ids: np.ndarray, cache: KVRing, cancel: Signal | None = None) -> np.ndarray:
-        """Run the transformer blocks on one chunk and add it to the context.
-
-        returns: (n, dim) float32, a buffer that the next chunk overwrites
-        """
-        n, ops, eps = len(ids), self.kernels, self.config.norm_eps
-        if n > self._state.n:
-            self._state = RunState(self.config, n)
-        s = self._state
-        x, xb, q, q_sink, k, v = s.x[:n], s.xb[:n], s.q[:n], s.q_sink[:n], s.k[:n], s.v[:n]
-        attended, gate, up = s.attended[:n], s.gate[:n], s.up[:n]
-        turns = self._turns(cache, n)
-
-        x[:] = dequantize_rows(self.embeddings, ids)
-        for i, layer in enumerate(self.layers):
-            if cancel is not None and cancel.is_set():
-                cache.advance(n)  # so that the ring knows what this chunk has written over
-                cache.trim(cache.length - n)
-                raise Cancelled
-            ops.rmsnorm(x, layer.attention_norm, eps, xb)
-            layer.wqkv(xb, (q, k, v))
-            if layer.projections is None:
-                ops.rope_append(q, q_sink, k, v, turns, cache, i)
-                ops.attention(q, q_sink, cache, i, attended)
-            else:
-                layer.projections.rope_append(q, q_sink, k, v, turns, cache, i)
-                ops.attention(q, q_sink, cache, i, attended, layer.projections.decoders)
-            layer.wo(attended, (x,), add=True)
-
-            ops.rmsnorm(x, layer.ffn_norm, eps, xb)
-            layer.w13(xb, (gate, up))
-            ops.swiglu(gate, up)
-            layer.w2(gate, (x,), add=True)
-        cache.advance(n)
-        return x
-
-    def _turns(self, cache: KVRing, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Cosines and sines for n new tokens: at their positions, and as seen from the sinks."""
+    def _begin(self, ids: np.ndarray, cache: KVRing) -> RunState:
+        """Fill the buffers for one chunk: embeddings, and the turns of its positions."""
+        n = len(ids)
+        if n > len(self._many.x):
+            self._many = RunState.allocate(self.config, n)
+        s = self._one if n == 1 else self._many.first(n)
+        s.x[:] = dequantize_rows(self.embeddings, ids)
         positions = np.arange(cache.length, cache.length + n)
-        window = angles(self._freqs, positions)
-        cache.note_turns(*window)
-        if cache.length + n <= cache.capacity:  # nothing has slid out
-            return window + window
-        return window + angles(self._freqs, np.minimum(positions, cache.capacity - 1))
+        s.cos[:], s.sin[:] = angles(self._freqs, positions)
+        cache.note_turns(s.cos, s.sin)
+        s.cos_sink[:], s.sin_sink[:] = s.cos, s.sin
+        if positions[-1] >= cache.capacity:  # tokens have slid out
+            s.cos_sink[:], s.sin_sink[:] = angles(self._freqs, np.minimum(positions, cache.capacity - 1))
+        return s
 
-    def _classify(self, hidden: np.ndarray, scores: np.ndarray) -> None:
-        """hidden: (n, dim) float32; scores: (n, vocab_size) float32, written in place"""
-        xb = np.empty_like(hidden)
-        self._normalize(hidden, xb)
+    def _one_token(self, cache: KVRing) -> None:
+        """From the embedding of one token to the scores of the next, on buffers that are always the same."""
+        self._blocks(self._one, cache)
+        self._classify(self._one, self._scores)
+
+    def _blocks(self, s: RunState, cache: KVRing, cancel: Signal | None = None) -> None:
+        """Run the transformer blocks on one chunk; its keys and values go into the ring."""
+        ops, eps = self.kernels, self.config.norm_eps
+        for i, layer in enumerate(self.layers):
+            _check(cancel)
+            ops.rmsnorm(s.x, layer.attention_norm, eps, s.xb)
+            layer.wqkv(s.xb, (s.q, s.k, s.v))
+            if layer.projections is None:
+                ops.rope_append(s.q, s.q_sink, s.k, s.v, s.turns, cache, i)
+                ops.attention(s.q, s.q_sink, cache, i, s.attended)
+            else:
+                layer.projections.rope_append(s.q, s.q_sink, s.k, s.v, s.turns, cache, i)
+                ops.attention(s.q, s.q_sink, cache, i, s.attended, layer.projections.decoders)
+            layer.wo(s.attended, (s.x,), add=True)
+
+            ops.rmsnorm(s.x, layer.ffn_norm, eps, s.xb)
+            layer.w13(s.xb, (s.gate, s.up))
+            ops.swiglu(s.gate, s.up)
+            layer.w2(s.gate, (s.x,), add=True)
+
+    def _classify(self, s: RunState, scores: np.ndarray) -> None:
+        """Score what may follow the last m tokens of a chunk. scores: (m, vocab_size) float32, written in place"""
+        xb = s.xb[-len(scores) :]
+        self._normalize(s, xb)
         self.output(xb, (scores,))
 
-    def _normalize(self, hidden: np.ndarray, out: np.ndarray) -> None:
-        """hidden: (n, dim) float32; out: (n, dim) float32, written in place"""
-        self.kernels.rmsnorm(hidden, self.norm, self.config.norm_eps, out)
+    def _normalize(self, s: RunState, out: np.ndarray) -> None:
+        """Give the states of the last m tokens of a chunk. out: (m, dim) float32, written in place"""
+        self.kernels.rmsnorm(s.x[-len(out) :], self.norm, self.config.norm_eps, out)
 
     def close(self) -> None:
         """Give back threads and the mapped file."""
         self.kernels.close()
         self.layers = []
         self.file.close()
+
+
+def _check(cancel: Signal | None) -> None:
+    if cancel is not None and cancel.is_set():
+        raise Cancelled
 
 
 def check_tensors(file: TritFile, config: ModelConfig) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -98,13 +99,13 @@ class _LayerJob:
         self.words = np.zeros(w.AT_WORDS, np.int64)
         self.words[w.AT_HEADS], self.words[w.AT_KV_HEADS] = config.n_heads, config.n_kv_heads
         self.words[w.AT_HEAD_DIM], self.words[w.AT_SLOTS] = config.head_dim, ring.slots
-        self.words[w.AT_WINDOW] = ring.capacity
+        self.words[w.AT_WINDOW], self.words[w.AT_CLOCK] = ring.capacity, address(ring.clock)
         self.words[w.AT_SCALE :].view(np.float32)[0] = 1 / math.sqrt(config.head_dim)
         self.words[w.AT_KEYS : w.AT_VALUES] = self.keys.words
         self.words[w.AT_VALUES :] = self.values.words
         self.decoders = decoders
         self.group = config.n_heads // config.n_kv_heads
-        self.base = address(self.words)
+        self.clock, self.shared = ring.clock, self.keys.shared or self.values.shared
 
     def area(self, rows: int, sets: int) -> int:
         """Lay out the scratch of a unit of `rows` rows for each of its key-value heads; returns its bytes."""
@@ -148,12 +149,12 @@ class AttentionJobs:
     def rope(self, q: np.ndarray, q_sink: np.ndarray, k: np.ndarray, turns: Turns, ring: KVRing) -> None:
         job = self._job(ring, 0, None, len(q))
         self._set_turns(job, q, q_sink, k, turns)
-        self._pool.run(self._kernel["rope"], job.base, len(q))
+        self._run("rope", job, len(q), q, q_sink, k, turns)
 
     def append(self, k: np.ndarray, v: np.ndarray, ring: KVRing, layer: int) -> None:
         job = self._job(ring, layer, None, len(k))
         job.words[w.AT_K], job.words[w.AT_V] = address(k), address(v)
-        self._pool.run(self._kernel["append"], job.base, len(k))
+        self._run("append", job, len(k), k, v)
 
     def rope_append(
         self, q: np.ndarray, q_sink: np.ndarray, k: np.ndarray, v: np.ndarray, turns: Turns, ring: KVRing, layer: int
@@ -161,7 +162,7 @@ class AttentionJobs:
         job = self._job(ring, layer, None, len(q))
         self._set_turns(job, q, q_sink, k, turns)
         job.words[w.AT_V] = address(v)
-        self._pool.run(self._kernel["rope_append"], job.base, len(q))
+        self._run("rope_append", job, len(q), q, q_sink, k, v, turns)
 
     def attention(
         self, q: np.ndarray, q_sink: np.ndarray, ring: KVRing, layer: int, out: np.ndarray, decoders: Decoders
@@ -169,8 +170,9 @@ class AttentionJobs:
         n, config = len(q), ring.config
         job = self._job(ring, layer, decoders, n)
         job.words[w.AT_Q], job.words[w.AT_Q_SINK], job.words[w.AT_OUT] = address(q), address(q_sink), address(out)
-        if n == 1 and self._is_deep(ring, job):
-            self._cut(job, ring)
+        few = config.n_kv_heads < UNITS_PER_THREAD * self._pool.n_threads
+        if n == 1 and self.is_deep(ring) and (few or job.shared):
+            self._cut(job, ring, q, q_sink, out)
             return
         tile = max(1, min(n, ROWS // job.group))
         job.words[w.AT_TILE], job.words[w.AT_SETS] = tile, config.n_kv_heads
@@ -179,34 +181,32 @@ class AttentionJobs:
         for first in range(0, n, TILES * tile):
             job.words[w.AT_FIRST] = first
             tiles = min(TILES, -(-(n - first) // tile))
-            self._pool.run(self._kernel["attend_whole"], job.base, tiles * config.n_kv_heads)
+            self._run("attend_whole", job, tiles * config.n_kv_heads, q, q_sink, out)
 
-    def _is_deep(self, ring: KVRing, job: _LayerJob) -> bool:
-        """Whether the spans of one token are worth cutting: where heads share codes, or are too few for the threads."""
-        depth = min(ring.length + 1, ring.capacity)
-        few = ring.config.n_kv_heads < UNITS_PER_THREAD * self._pool.n_threads
-        return depth > 2 * w.SPAN and (few or job.keys.shared or job.values.shared)
+    @staticmethod
+    def is_deep(ring: KVRing) -> bool:
+        """Whether the next token sees so much that its spans may be worth cutting into runs."""
+        return min(ring.length + 1, ring.capacity) > 2 * w.SPAN
 
-    def _cut(self, job: _LayerJob, ring: KVRing) -> None:
-        """Attend with one token, its spans cut into runs."""
-        kv_heads, words, end = ring.config.n_kv_heads, job.words, ring.length + 1
-        sets = 1 if job.keys.shared or job.values.shared else kv_heads
-        oldest = max(ring.sinks, end - (ring.capacity - ring.sinks))
-        spans = -(-min(ring.sinks, end) // w.SPAN)
-        if end > oldest:
-            spans += (end - 1) // w.SPAN - oldest // w.SPAN + 1
-        runs = min(spans, -(-UNITS_PER_THREAD * self._pool.n_threads // sets))
-        words[w.AT_RUN], words[w.AT_SPANS], words[w.AT_SETS] = -(-spans // runs), spans, sets
-        words[w.AT_FIRST], words[w.AT_TILE] = 0, 1
+    def _cut(self, job: _LayerJob, ring: KVRing, *buffers: np.ndarray) -> None:
+        """Attend with one token, its spans cut into runs: where heads share codes, or are too few for the threads."""
+        kv_heads, words = ring.config.n_kv_heads, job.words
+        sets = 1 if job.shared else kv_heads
+        runs = -(-UNITS_PER_THREAD * self._pool.n_threads // sets)
+        spans = ring.capacity // w.SPAN + 3  # that of the sinks and that of the others may both end in the middle
+        words[w.AT_RUNS], words[w.AT_SETS], words[w.AT_FIRST], words[w.AT_TILE] = runs, sets, 0, 1
         rows = _fours(job.group)
         self._reserve_areas(job, rows, sets, max(runs * sets, kv_heads))
         part = -(-rows * (kv_heads // sets) * (job.values[w.SD_SEEN] + 2) // 16) * 64
         if part * spans * sets > self._parts.nbytes:
             self._parts = aligned((part * spans * sets,), np.uint8)
         words[w.AT_PARTS], words[w.AT_PART_BYTES] = address(self._parts), part
-        self._pool.run(self._kernel["attend_pack"], job.base, sets)
-        self._pool.run(self._kernel["attend_spans"], job.base, -(-spans // int(words[w.AT_RUN])) * sets)
-        self._pool.run(self._kernel["attend_join"], job.base, kv_heads)
+        self._run("attend_pack", job, sets, *buffers)
+        self._run("attend_spans", job, runs * sets)
+        self._run("attend_join", job, kv_heads, *buffers)
+
+    def _run(self, kernel: str, job: _LayerJob, units: int, *buffers: Any) -> None:
+        self._pool.run(self._kernel[kernel], job.words, units, job, self._areas, self._parts, buffers)
 
     def _reserve_areas(self, job: _LayerJob, rows: int, sets: int, units: int) -> None:
         nbytes = job.area(rows, sets) * units
@@ -215,13 +215,12 @@ class AttentionJobs:
         job.words[w.AT_AREA] = address(self._areas)
 
     def _job(self, ring: KVRing, layer: int, decoders: Decoders | None, n: int) -> _LayerJob:
-        """The job of a layer, told how far the ring has come. decoders: None where only appending is wanted"""
+        """The job of a layer, for n tokens. decoders: None where only appending is wanted"""
         jobs = self._rings.setdefault(ring, {})
         job = jobs.get(layer)
         if job is None or (decoders is not None and job.decoders != decoders):
             job = jobs[layer] = _LayerJob(ring, layer, decoders or (None, None))
-        words = job.words
-        words[w.AT_N], words[w.AT_SINKS], words[w.AT_START] = n, ring.sinks, ring.length
+        job.words[w.AT_N] = n
         return job
 
     @staticmethod

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -42,6 +42,12 @@ class Kernels(Protocol):
 
     def linear(self, tensors: Sequence[Tensor], biases: Sequence[np.ndarray | None]) -> Linear:
         """Prepare matrices of equal width. biases: (out,) float32 or None, one for each matrix."""
+
+    def repeat(self, work: Callable[[], object], ring: KVRing) -> None:
+        """Do `work`: the steps of one more token of a ring, always the same, on buffers that are always the same.
+
+        A backend may record the first time, and from then on do what it has recorded.
+        """
 
     def rmsnorm(self, x: np.ndarray, gain: np.ndarray, eps: float, out: np.ndarray) -> None:
         """out = x / sqrt(mean(x^2) + eps) * gain. x, out: (n, dim) float32; gain: (dim,) float32"""

@@ -6,7 +6,9 @@ Numba's and the native ones differ only in where the code comes from (`resolve`)
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -22,6 +24,7 @@ from .memory import address as _address
 from .memory import aligned as _aligned
 from .numpy_backend import NumpyLinear, quantize_activations
 from .pool import Pool, usable_cores
+from .program import Program
 
 _ROUNDING = {"float32": 0, "float16": 1, "bfloat16": 2}
 _TABLE = 32  # entries of a lookup table
@@ -42,13 +45,9 @@ class _Workspace:
         self.quants = _aligned((self.blocks, self.n, ACT_BLOCK), np.int8)
         self.sums = _aligned((self.blocks, self.n, 5), np.int32)
         self.scales = _aligned((self.blocks, self.n), np.float32)
-        self.addresses = (
-            _address(self.padded),
-            self.padded.strides[0],
-            _address(self.quants),
-            _address(self.sums),
-            _address(self.scales),
-        )
+        self.arrays = self.padded, self.quants, self.sums, self.scales
+        first, *others = (_address(array) for array in self.arrays)
+        self.words = first, self.padded.strides[0], *others
 
 
 class _Job:
@@ -57,7 +56,6 @@ class _Job:
     def __init__(self, task: int, tensors: Sequence[Tensor], biases: Sequence[np.ndarray | None]) -> None:
         self.task, self.units = task, 0
         self.words = np.zeros(w.HEAD + w.MATRIX * len(tensors), np.int64)
-        self.base = _address(self.words)
         self.words[w.WIDTH], self.words[w.MATRICES] = tensors[0].shape[1], len(tensors)
         self.matrices = [self.words[w.HEAD + w.MATRIX * i :][: w.MATRIX] for i in range(len(tensors))]
         self._keep: list[Any] = [tensors, biases]  # what the addresses point to
@@ -121,17 +119,30 @@ class CompiledLinear:
         for i, (job, which) in enumerate(self._jobs):
             words = job.words
             words[w.N], words[w.X], words[w.X_STRIDE] = n, _address(x), x.strides[0]
-            words[w.PADDED : w.SCALES + 1] = space.addresses
+            words[w.PADDED : w.SCALES + 1] = space.words
             words[w.INT8], words[w.ADD] = self._int8, add
             for matrix, k in zip(job.matrices, which, strict=True):
                 matrix[w.OUT] = _address(outs[k])
             if i == 0:
-                pool.run(self._kernels.pack_task, job.base, n)
-            pool.run(job.task, job.base, job.units)
+                pool.run(self._kernels.pack_task, words, n, x, space.arrays)
+            pool.run(job.task, words, job.units, job, outs, space.arrays)
         if self._exceptions:
-            rounded = quantize_activations(x) if self._int8 else x
-            for i, exceptions in self._exceptions:
-                exceptions.add_product(rounded, outs[i])
+            pool.call(partial(self._add_exceptions, x, outs))
+
+    def _add_exceptions(self, x: np.ndarray, outs: Sequence[np.ndarray]) -> None:
+        rounded = quantize_activations(x) if self._int8 else x
+        for i, exceptions in self._exceptions:
+            exceptions.add_product(rounded, outs[i])
+
+
+class _Elsewhere:
+    """Matrices whose kernel cannot be used."""
+
+    def __init__(self, pool: Pool, linear: NumpyLinear) -> None:
+        self.nbytes, self._pool, self._linear = linear.nbytes, pool, linear
+
+    def __call__(self, x: np.ndarray, outs: Sequence[np.ndarray], add: bool = False) -> None:
+        self._pool.call(partial(self._linear, x, outs, add))
 
 
 def _task(tensor: Tensor, int8: bool) -> tuple[str, str]:
@@ -159,23 +170,32 @@ class CompiledKernels:
         self._norm_job = np.zeros(w.NORM_WORDS, np.int64)
         self._glu_job = np.zeros(w.GLU_WORDS, np.int64)
         self._attention = AttentionJobs(self.pool, resolve)
+        self._programs: WeakKeyDictionary[KVRing, tuple[bool, Program]] = WeakKeyDictionary()
 
-    def linear(self, tensors: Sequence[Tensor], biases: Sequence[np.ndarray | None]) -> CompiledLinear | NumpyLinear:
+    def linear(self, tensors: Sequence[Tensor], biases: Sequence[np.ndarray | None]) -> CompiledLinear | _Elsewhere:
         try:
             return CompiledLinear(self, tensors, biases)
         except KernelDiffers:  # the user has been told
-            return NumpyLinear(tensors, biases, self.int8)
+            return _Elsewhere(self.pool, NumpyLinear(tensors, biases, self.int8))
+
+    def repeat(self, work: Callable[[], object], ring: KVRing) -> None:
+        deep = self._attention.is_deep(ring)
+        known = self._programs.get(ring)
+        if known is not None and known[0] == deep:
+            known[1].run(self.pool)
+        else:
+            self._programs[ring] = deep, self.pool.record(work)
 
     def rmsnorm(self, x: np.ndarray, gain: np.ndarray, eps: float, out: np.ndarray) -> None:
         job = self._norm_job
         job[:4] = _address(x), _address(gain), _address(out), x.shape[1]
         job[w.NORM_EPS :].view(np.float32)[0] = eps
-        self.pool.run(self._rmsnorm, _address(job), len(x))
+        self.pool.run(self._rmsnorm, job, len(x), x, gain, out)
 
     def swiglu(self, gate: np.ndarray, up: np.ndarray) -> None:
         job = self._glu_job
         job[:] = _address(gate), _address(up), gate.shape[1]
-        self.pool.run(self._swiglu, _address(job), len(gate))
+        self.pool.run(self._swiglu, job, len(gate), gate, up)
 
     def rope(self, q: np.ndarray, q_sink: np.ndarray, k: np.ndarray, turns: Turns, ring: KVRing) -> None:
         self._attention.rope(q, q_sink, k, turns, ring)
@@ -200,4 +220,5 @@ class CompiledKernels:
         self._attention.attention(q, q_sink, ring, layer, out, decoders)
 
     def close(self) -> None:
+        self._programs.clear()
         self.pool.close()

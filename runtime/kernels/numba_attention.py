@@ -19,7 +19,7 @@ from . import simd
 from . import words as w
 from .compiling import BARE
 from .numba_math import exp, gelu, gelu_tanh, word
-from .numba_ring import expand, hadamard, rotate, slot_of
+from .numba_ring import clock, expand, hadamard, is_sliding, rotate, slot_of
 from .numba_tiles import dots, weigh
 from .simd import load_f32, read_f32, splat_f32, store_f32, write_f32
 from .simd_tiles import keep_lanes
@@ -45,7 +45,7 @@ def _tile(job, tile):
 @njit(forceinline=True)
 def _oldest(job, position):
     """The first position of the window that a query sees."""
-    sinks = word(job, w.AT_SINKS)
+    sinks = clock(job, w.SINKS)
     return max(sinks, position + 1 - (word(job, w.AT_WINDOW) - sinks))
 
 
@@ -82,8 +82,7 @@ def _pack_rows(job, area, source, target, shift, kv_head, first, tokens):
 def _pack(job, area, kv_first, kv_stop, first, tokens):
     """Prepare a unit's rows, for the window and, once tokens have slid out, for the sinks."""
     rows, seen = _rows(job, tokens), word(job, w.AT_KEYS + w.SD_SEEN)
-    sliding = word(job, w.AT_START) + word(job, w.AT_N) > word(job, w.AT_WINDOW)
-    shifts = area + word(job, w.AT_SHIFT)
+    sliding, shifts = is_sliding(job), area + word(job, w.AT_SHIFT)
     for kv_head in range(kv_first, kv_stop):
         at = (kv_head - kv_first) * rows
         query, near = area + word(job, w.AT_QUERY) + at * seen * 4, area + word(job, w.AT_NEAR) + at * seen * 4
@@ -110,7 +109,7 @@ def _activate(rows, width, bias, exact, x):
 @njit(**BARE)
 def _rotate_rows(job, side, first, count, x, stride):
     """Rotate decoded keys for their positions."""
-    slots, sinks, head_dim = word(job, w.AT_SLOTS), word(job, w.AT_SINKS), word(job, w.AT_HEAD_DIM)
+    slots, sinks, head_dim = word(job, w.AT_SLOTS), clock(job, w.SINKS), word(job, w.AT_HEAD_DIM)
     slot = slot_of(job, first)
     for i in range(count):
         turn = slot * head_dim * 2
@@ -178,7 +177,7 @@ def _weights(job, area, result, rows, all_rows, first, tokens, sinks, block, low
     tops = result + all_rows * word(job, w.AT_VALUES + w.SD_SEEN) * 4
     sums, keeps = tops + all_rows * 4, area + word(job, w.AT_KEEP)
     for r in range(all_rows):
-        position = word(job, w.AT_START) + first + r % rows // group
+        position = clock(job, w.LENGTH) + first + r % rows // group
         seen_first = low if sinks else max(low, _oldest(job, position))
         seen_stop = min(high, position + 1) if r % rows < tokens * group else low
         scores = area + word(job, w.AT_SCORES) + r * CACHED * 4
@@ -210,8 +209,7 @@ def _span(job, area, queries, result, kv_first, kv_stop, first, tokens, sinks, s
     rows = _rows(job, tokens)
     all_rows = (kv_stop - kv_first) * rows
     key_width, value_width = word(keys, w.SD_SEEN), word(values, w.SD_SEEN)
-    sliding = word(job, w.AT_START) + word(job, w.AT_N) > word(job, w.AT_WINDOW)
-    near = sinks and sliding
+    near = sinks and is_sliding(job)
     query = queries + word(job, w.AT_NEAR if near else w.AT_QUERY)
     shifts = queries + word(job, w.AT_SHIFT) + (all_rows * 4 if near else 0)
     scores, keeps = area + word(job, w.AT_SCORES), area + word(job, w.AT_KEEP)
@@ -285,7 +283,7 @@ def _finish(job, area, total, rows, kv_head, first, tokens):
 @njit(forceinline=True)
 def _span_bounds(job, index, oldest, end):
     """Span number `index` of a tile that sees the sinks and positions oldest .. end - 1: (is of sinks, start, stop)."""
-    sinks = min(word(job, w.AT_SINKS), end)
+    sinks = min(clock(job, w.SINKS), end)
     of_sinks = (sinks + SPAN - 1) // SPAN
     if index < of_sinks:
         return True, index * SPAN, min(index * SPAN + SPAN, sinks)
@@ -296,9 +294,9 @@ def _span_bounds(job, index, oldest, end):
 @njit(forceinline=True)
 def _sight(job, first, tokens):
     """What a tile sees besides the sinks: oldest position, end, and the number of spans with those of the sinks."""
-    position = word(job, w.AT_START) + first
+    position = clock(job, w.LENGTH) + first
     oldest, end = _oldest(job, position), position + tokens
-    spans = (min(word(job, w.AT_SINKS), end) + SPAN - 1) // SPAN
+    spans = (min(clock(job, w.SINKS), end) + SPAN - 1) // SPAN
     if end > oldest:
         spans += (end - 1) // SPAN - oldest // SPAN + 1
     return oldest, end, spans
@@ -333,14 +331,15 @@ def attend_pack(job, unit):
 
 
 def attend_spans(job, unit):
-    """Second: units count sets of key-value heads fastest, then runs of AT_RUN spans."""
+    """Second: units count sets of key-value heads fastest, then runs of spans."""
     sets, first = word(job, w.AT_SETS), word(job, w.AT_FIRST)
     share, which = word(job, w.AT_KV_HEADS) // sets, unit % sets
     area = word(job, w.AT_AREA) + unit * word(job, w.AT_AREA_BYTES)
     queries = word(job, w.AT_AREA) + which * word(job, w.AT_AREA_BYTES)
     oldest, end, count = _sight(job, first, 1)
-    run = unit // sets * word(job, w.AT_RUN)
-    for index in range(run, min(run + word(job, w.AT_RUN), count)):
+    length = (count + word(job, w.AT_RUNS) - 1) // word(job, w.AT_RUNS)
+    run = unit // sets * length
+    for index in range(run, min(run + length, count)):
         sinks, start, stop = _span_bounds(job, index, oldest, end)
         result = word(job, w.AT_PARTS) + (index * sets + which) * word(job, w.AT_PART_BYTES)
         _span(job, area, queries, result, which * share, (which + 1) * share, first, 1, sinks, start, stop)
@@ -353,7 +352,8 @@ def attend_join(job, kv_head):
     area = word(job, w.AT_AREA) + kv_head * word(job, w.AT_AREA_BYTES)
     total = area + word(job, w.AT_TOTAL)
     _clear(total, rows, width)
-    for index in range(word(job, w.AT_SPANS)):
+    _, _, count = _sight(job, first, 1)
+    for index in range(count):
         result = word(job, w.AT_PARTS) + (index * sets + kv_head // share) * word(job, w.AT_PART_BYTES)
         _join(total, rows, result, share * rows, kv_head % share * rows, width)
     _finish(job, area, total, rows, kv_head, first, 1)

@@ -19,6 +19,20 @@ F32, F16, Q8, Q4 = range(4)
 LARGEST = np.float32(65504.0)  # of float16
 CHUNK = 64  # numbers that are encoded at a time: a whole number of groups of every codec
 
+
+
+@njit(forceinline=True)
+def clock(job, which):
+    """How far the job's ring has come."""
+    return word(word(job, w.AT_CLOCK), which)
+
+
+@njit(forceinline=True)
+def is_sliding(job):
+    """Whether tokens have slid out of what the job's last token sees."""
+    return clock(job, w.LENGTH) + word(job, w.AT_N) > word(job, w.AT_WINDOW)
+
+
 # ==== RoPE (Su et al., 2021) ====
 
 
@@ -47,7 +61,7 @@ def rope(job, token):
     row, turn = head_dim * 4, head_dim * 2 * token
     cos, sin = word(job, w.AT_COS) + turn, word(job, w.AT_SIN) + turn
     near_cos, near_sin = word(job, w.AT_COS_SINK) + turn, word(job, w.AT_SIN_SINK) + turn
-    sliding = word(job, w.AT_START) + word(job, w.AT_N) > word(job, w.AT_WINDOW)
+    sliding = is_sliding(job)
     for head in range(token * heads, (token + 1) * heads):
         q = word(job, w.AT_Q) + head * row
         if sliding:
@@ -94,7 +108,7 @@ def hadamard(x, width, size):
 @njit(forceinline=True)
 def slot_of(job, position):
     """The ring slot of a position: sinks keep theirs, the others go round."""
-    sinks = word(job, w.AT_SINKS)
+    sinks = clock(job, w.SINKS)
     return position if position < sinks else sinks + (position - sinks) % (word(job, w.AT_SLOTS) - sinks)
 
 
@@ -174,7 +188,7 @@ def _encode(side, slots, head, slot, source, scratch):
 def append(job, token):
     """Put one token's keys and values, or their codes, into the ring."""
     slots = word(job, w.AT_SLOTS)
-    slot = slot_of(job, word(job, w.AT_START) + token)
+    slot = slot_of(job, clock(job, w.LENGTH) + token)
     scratch = simd.scratch_32k()
     for which in range(2):
         side = job + (w.AT_VALUES if which else w.AT_KEYS) * 8
@@ -199,7 +213,7 @@ def rope_append(job, token):
 def expand(job, side, head, position, count, target):
     """Read the vectors of `count` tokens from a position on: rows of SD_PADDED float32."""
     codec, padded, size = word(side, w.SD_CODEC), word(side, w.SD_PADDED), word(side, w.SD_GROUP)
-    slots, sinks = word(job, w.AT_SLOTS), word(job, w.AT_SINKS)
+    slots, sinks = word(job, w.AT_SLOTS), clock(job, w.SINKS)
     code_bytes, scale_bytes = word(side, w.SD_CODE_BYTES), word(side, w.SD_SCALE_BYTES)
     data = word(side, w.SD_DATA) + head * slots * code_bytes
     scale_data = word(side, w.SD_SCALES) + head * slots * scale_bytes

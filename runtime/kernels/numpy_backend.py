@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -54,6 +54,9 @@ class NumpyKernels:
 
     def linear(self, tensors: Sequence[Tensor], biases: Sequence[np.ndarray | None]) -> NumpyLinear:
         return NumpyLinear(tensors, biases, self.int8)
+
+    def repeat(self, work: Callable[[], object], ring: KVRing) -> None:
+        work()
 
     def rmsnorm(self, x: np.ndarray, gain: np.ndarray, eps: float, out: np.ndarray) -> None:
         mean = np.mean(np.square(x), axis=1, keepdims=True, dtype=np.float32)

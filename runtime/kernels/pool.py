@@ -12,10 +12,13 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
-from .words import PARKED, STARTED, STATE_WORDS, STOP, THREADS
+from .memory import address
+from .program import Program
+from .words import JOB_WORDS, PARKED, STARTED, STATE_WORDS, STOP, THREADS
 
 # A kernel as ctypes calls it (the GIL is released): places for Numba's result and error, then two integers.
 _KERNEL = ctypes.CFUNCTYPE(ctypes.c_int32, *[ctypes.c_ssize_t] * 4)
@@ -43,9 +46,8 @@ class Pool:
             raise ValueError(f"n_threads is {n_threads}; it must be 1 or more")
         self.n_threads = n_threads
         self._lock = threading.Lock()
-        self.recording: list[int] | None = None  # of jobs, as run_jobs wants them, while a program is being made
-        self._one = np.zeros(4, np.int64)
-        self._one_address = self._one.ctypes.data
+        self._recording: Program | None = None
+        self._one = np.ones(1 + JOB_WORDS, np.int64)  # a list of one job
         self._serve = _KERNEL(resolve("numba_pool", "serve"))
         self._run_jobs = _KERNEL(resolve("numba_pool", "run_jobs"))
         self._reset()
@@ -74,20 +76,39 @@ class Pool:
             if state[STOP]:
                 return
 
-    def run(self, task: int, arguments: int, units: int) -> None:
-        """Run units 0 .. units-1 of the kernel at the address `task` and return when all are done."""
-        if self.recording is not None:
-            self.recording += task, arguments, units
-        with self._lock:
-            self._one[:] = 1, task, arguments, units
-            self._submit(self._one_address, parallel=units > 1)
+    def run(self, task: int, words: np.ndarray, units: int, *keep: Any) -> None:
+        """Run units 0 .. units-1 of a kernel and return when all are done.
 
-    def run_jobs(self, jobs: int) -> None:
-        """Run a list of jobs (words.py) at that address, one after another."""
+        task: the kernel's address; words: its arguments, (n,) int64; keep: what they point to
+        """
+        if self._recording is not None:
+            self._recording.add(task, words, units, keep)
+        with self._lock:
+            self._one[1:] = task, address(words), units
+            self._submit(self._one, parallel=units > 1)
+
+    def call(self, function: Callable[[], object]) -> None:
+        """Call a function that does in Python what no kernel does, between the jobs before and after it."""
+        if self._recording is not None:
+            self._recording.add_call(function)
+        function()
+
+    def run_jobs(self, jobs: np.ndarray) -> None:
+        """Run a list of jobs (words.py), one after another."""
         with self._lock:
             self._submit(jobs, parallel=True)
 
-    def _submit(self, jobs: int, parallel: bool) -> None:
+    def record(self, work: Callable[[], object]) -> Program:
+        """Do some work and return it as a program: the jobs and calls that the pool was asked for meanwhile."""
+        program = self._recording = Program()
+        try:
+            work()
+        finally:
+            self._recording = None
+        program.finish()
+        return program
+
+    def _submit(self, jobs: np.ndarray, parallel: bool) -> None:
         if self._pid != os.getpid():
             self._reset()
         if parallel and self.n_threads > 1:
@@ -96,7 +117,7 @@ class Pool:
             asleep = len(self._workers) - self._awake()
             if asleep:
                 self._wake(asleep)
-        self._run_jobs(self._spare, self._spare + 8, self._base, jobs)
+        self._run_jobs(self._spare, self._spare + 8, self._base, address(jobs))
 
     def _awake(self) -> int:
         return int(self._state[STARTED] - self._state[PARKED])

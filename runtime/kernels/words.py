@@ -16,20 +16,23 @@ FIRST, OUT, OUT_STRIDE, OUTPUTS, DATA, TABLE, AUX, AUX2, AUX3, BLOCK_SHIFT, BIAS
 NORM_X, NORM_GAIN, NORM_OUT, NORM_DIM, NORM_EPS, NORM_WORDS = range(6)
 GLU_GATE, GLU_UP, GLU_DIM, GLU_WORDS = range(4)
 
-# RoPE and attention (numba_ring.py, numba_attention.py); AT_SCALE holds a float32.
-AT_N, AT_HEADS, AT_KV_HEADS, AT_HEAD_DIM, AT_SLOTS, AT_SINKS, AT_WINDOW, AT_START, AT_SCALE = range(9)
-AT_Q, AT_Q_SINK, AT_K, AT_V, AT_COS, AT_SIN, AT_COS_SINK, AT_SIN_SINK, AT_OUT = range(9, 18)
+# RoPE and attention (numba_ring.py, numba_attention.py); AT_SCALE holds a float32, AT_CLOCK where the ring's clock is.
+AT_N, AT_HEADS, AT_KV_HEADS, AT_HEAD_DIM, AT_SLOTS, AT_WINDOW, AT_CLOCK, AT_SCALE = range(8)
+AT_Q, AT_Q_SINK, AT_K, AT_V, AT_COS, AT_SIN, AT_COS_SINK, AT_SIN_SINK, AT_OUT = range(8, 17)
 # How the work is cut: units take AT_TILE tokens from AT_FIRST on and one of AT_SETS equal sets of key-value heads. If
-# the spans of a token are cut too, AT_PARTS is where their results go, AT_PART_BYTES each, AT_RUN spans to a unit.
-AT_FIRST, AT_TILE, AT_SETS, AT_SPANS, AT_RUN, AT_PARTS, AT_PART_BYTES = range(18, 25)
+# the spans of a token are cut too, into AT_RUNS runs, AT_PARTS is where their results go, AT_PART_BYTES each.
+AT_FIRST, AT_TILE, AT_SETS, AT_RUNS, AT_PARTS, AT_PART_BYTES = range(17, 23)
 # A unit's scratch: AT_AREA + unit * AT_AREA_BYTES, and in it from these offsets on
-AT_AREA, AT_AREA_BYTES, AT_QUERY, AT_NEAR, AT_SHIFT, AT_TOTAL, AT_PART, AT_SCORES, AT_KEEP = range(25, 34)
-AT_BLOCK, AT_CODES, AT_FEATURES = range(34, 37)
+AT_AREA, AT_AREA_BYTES, AT_QUERY, AT_NEAR, AT_SHIFT, AT_TOTAL, AT_PART, AT_SCORES, AT_KEEP = range(23, 32)
+AT_BLOCK, AT_CODES, AT_FEATURES = range(32, 35)
 # Two sides: how the ring stores them, and how codes are decoded (see attention_jobs.py)
 AT_KEYS, AT_VALUES, AT_WORDS = 40, 60, 80
 SD_CODEC, SD_HEADS, SD_WIDTH, SD_PADDED, SD_GROUP, SD_CODE_BYTES, SD_SCALE_BYTES, SD_DATA, SD_SCALES = range(9)
 SD_FEATURES, SD_HIDDEN, SD_HIDDEN_BIAS, SD_ACTIVATION, SD_OUTPUT, SD_OUTPUT_BIAS = range(9, 15)
 SD_COS, SD_SIN, SD_SEEN, SD_SHARED, SD_ROTATED = range(15, 20)
+
+# The clock of a ring (cache.py): tokens in it, and how many of the first stay.
+LENGTH, SINKS = range(2)
 
 # The pool's shared state (numba_pool.py), one cache line apart so that the threads do not fight over them.
 CLAIM, DONE, STARTED, PARKED = 0, 8, 16, 17
