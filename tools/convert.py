@@ -17,7 +17,7 @@ from formats.report import report_of
 from formats.source import Source, open_source
 from runtime.cli import ArgumentParser, UserError, run
 from runtime.config import ModelConfig
-from runtime.encoder import fast_encoder
+from runtime.encoder import ENCODERS, fast_encoder
 from runtime.options import defaults_of_file
 from runtime.progress import Bar
 from runtime.sizes import kv_bytes_per_token
@@ -40,6 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bpw", type=float, metavar="F", help=f"with {MIXED}: bits per weight, at most")
     embed_help = "for embeddings and lm_head (default f16; with --quant keep: keep)"
     parser.add_argument("--embed", choices=(*PLAIN, KEEP), metavar="CODEC", help=embed_help)
+    encoder_help = "how trits are found: as tritllm v2 does (default), or the best of units fitted to each matrix"
+    parser.add_argument("--encoder", choices=tuple(ENCODERS), default="v2", help=encoder_help)
     kv_map_help = "a JSON file that names the tensors of learned KV modules (see README.md)"
     parser.add_argument("--kv-map", metavar="MAP.json", help=kv_map_help)
     parser.add_argument("--overwrite", action="store_true", help="replace OUT.trit if it is there")
@@ -77,10 +79,12 @@ def _main(argv: list[str]) -> int:
     check_runs(source)
     out, several = Path("OUT.trit" if args.out is None else args.out), len(args.quant) > 1
     paths = several_paths(source, out, args.quant) if several else {args.quant[0]: out}
-    with Bar("convert") as bar, fast_encoder() as encode, _folder(out, several and not args.dry_run):
+    encoder = fast_encoder(name=args.encoder)
+    with Bar("convert") as bar, encoder as encode, _folder(out, several and not args.dry_run):
         summaries = convert_several(
-            source, paths, args.embed, args.overwrite, args.dry_run, bar, encode, args.bpw, args.report is not None
-        )
+            source, paths, args.embed, args.overwrite, args.dry_run, bar, encode, args.bpw, args.report is not None,
+            args.encoder,
+        )  # fmt: skip
     for note in dict.fromkeys(note for summary in summaries for note in summary.notes):
         print(f"note: {note}", file=sys.stderr)
     for summary in summaries:
