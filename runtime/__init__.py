@@ -12,10 +12,10 @@ from formats.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from .engine import BusyError as BusyError
-    from .generate import ContextOverflowError as ContextOverflowError
     from .llama import Llama as Llama
+    from .window import ContextOverflowError as ContextOverflowError
 
-_PLACES = {"Llama": "llama", "BusyError": "engine", "ContextOverflowError": "generate"}
+_PLACES = {"Llama": "llama", "BusyError": "engine", "ContextOverflowError": "window"}
 
 __all__ = ["BusyError", "ContextOverflowError", "Llama", "__version__"]
 

@@ -98,8 +98,8 @@ class KVRing:
 
     @property
     def dropped(self) -> int:
-        """Tokens that the next query will no longer see."""
-        return max(0, self.length + 1 - self.capacity)
+        """Tokens that the newest one could not see: they have slid out of the window."""
+        return max(0, self.length - self.capacity)
 
     @property
     def planes(self) -> list[Plane]:

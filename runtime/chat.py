@@ -16,9 +16,9 @@ from typing import Any, TextIO
 
 from formats.version import __version__
 
-from .chat_pieces import Message
 from .cli import ArgumentParser, UserError, run
 from .console import Console, about_model, memory, stats_line
+from .conversation import Conversation
 from .engine import DEFAULT_N_BATCH
 from .generate import Run
 from .llama import Llama
@@ -26,6 +26,7 @@ from .openai_shapes import finished
 from .options import check_arguments, check_max_tokens, check_stop
 from .repl import Repl
 from .sampler import SamplingOptions
+from .window import POLICIES
 
 # Our names of the options that shape sampling, and those of the command line
 SAMPLING: dict[str, tuple[tuple[str, ...], Any, str]] = {
@@ -57,6 +58,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     add("--raw", action="store_true", help="continue the text as it is, without the chat format")
     add("--chat-format", metavar="NAME", help="llama3, chatml or llama2 instead of the model's own")
     add("--jinja", action="store_true", help="run the model's own chat template, in a sandbox")
+    add("--session", metavar="FILE", help="go on with the conversation in FILE, if it is there, and save it at the end")
     add("--json", action="store_true", help="print one JSON object: the text and what is known about the run")
 
     group = parser.add_argument_group("how it is answered")
@@ -79,6 +81,9 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         help="first tokens that stay when the context is full (the system prompt)")  # fmt: skip
     add("--kv", default="auto", metavar="CODEC",
         help="codec of keys and values: auto, f32, f16, q8, q4, or k=CODEC,v=CODEC")  # fmt: skip
+    add("--overflow", choices=POLICIES,
+        help="what to do with a prompt longer than the context (error; a conversation slides)")  # fmt: skip
+    add("--force", action="store_true", help="run though it takes more memory than there is")
     add("--backend", choices=("auto", "native", "numba", "numpy"), default="auto", help="kernels to run on")
     add("--activations", choices=("int8", "f32"), default="int8", help="int8: fast; f32: exact")
     return parser
@@ -105,29 +110,50 @@ def _main(argv: list[str]) -> int:
         console.say(*about_model(llm))
         if not chat and not args.raw:
             console.say("no chat template in this model: what you type is continued as plain text")
-        if interactive:
-            options = {"max_tokens": args.max_tokens, "stop": args.stop}
-            repl = Repl(llm, console, llm.sampler(**_sampling(args)), chat, args.system_prompt, **options)
+        talk = _begin(llm, console, args, chat)
+        if not interactive:
+            assert prompt is not None
+            return _answer_once(llm, console, args, prompt, talk)
+        options = {"max_tokens": args.max_tokens, "stop": args.stop, "overflow": args.overflow}
+        repl = Repl(llm, console, llm.sampler(**_sampling(args)), talk, **options)
+        try:
             return repl.run(prompt)
-        assert prompt is not None
-        return _answer_once(llm, console, args, prompt, chat)
+        finally:
+            if args.session is not None:
+                repl.talk.save(llm, args.session)
 
 
-def _answer_once(llm: Llama, console: Console, args: argparse.Namespace, prompt: str, chat: bool) -> int:
+def _begin(llm: Llama, console: Console, args: argparse.Namespace, chat: bool) -> Conversation:
+    """Begin a conversation, or go on with that of --session. Raises CacheError or OSError if it cannot be read."""
+    if args.session is None or not os.path.lexists(args.session):
+        return Conversation(chat, args.system_prompt)
+    talk = Conversation.load(llm, args.session, chat)
+    console.say(f"session: {args.session}, {len(talk.turns) // 2} exchanges")
+    if args.system_prompt is not None and args.system_prompt != talk.system:
+        console.say("note: the system message of -sys takes the place of the session's")
+        talk.system = args.system_prompt
+    return talk
+
+
+def _answer_once(llm: Llama, console: Console, args: argparse.Namespace, prompt: str, talk: Conversation) -> int:
     cancel = threading.Event()
-    options = {"max_tokens": args.max_tokens, "stop": args.stop, "cancel": cancel}
-    sampler = llm.sampler(**_sampling(args))
-    if chat:
-        system = [] if args.system_prompt is None else [Message("system", args.system_prompt)]
-        job = llm.prepare_chat([*system, Message("user", prompt)], sampler, **options)
-    else:
-        job = llm.prepare(llm.tokenize(prompt), sampler, **options)
+    overflow = args.overflow or ("slide" if talk.turns else "error")
+    if overflow == "error" or args.overflow is None:
+        llm.check_fits(prompt)
+    talk.ask(llm, prompt)
+    options = {"max_tokens": args.max_tokens, "stop": args.stop, "cancel": cancel, "overflow": overflow}
+    job = talk.prepare(llm, llm.sampler(**_sampling(args)), **options)
     if args.json:
         with console.interruptible(cancel):
-            text = "".join(piece.text for piece in llm.pieces(job))
+            pieces = list(llm.pieces(job))
+        text = "".join(piece.text for piece in pieces)
+        ids = [token for piece in pieces for token, _ in piece.tokens]
         console.write(json.dumps(_as_json(llm, job, text)) + "\n")
     else:
-        console.stream(llm, job, cancel)
+        text, ids = console.stream(llm, job, cancel)
+    if args.session is not None:
+        talk.answered(text, ids)
+        talk.save(llm, args.session)
     console.say(stats_line(llm, job.stats))
     return 130 if job.stats.finish_reason == "cancelled" else 0
 
@@ -199,7 +225,7 @@ def _load(args: argparse.Namespace) -> Llama:
     return Llama(
         path, n_ctx=args.n_ctx, n_batch=args.n_batch, n_threads=args.n_threads, backend=args.backend,
         kv=args.kv, seed=args.seed, activations=args.activations, chat_format=args.chat_format,
-        jinja=args.jinja, keep=args.keep,
+        jinja=args.jinja, keep=args.keep, force=args.force,
     )  # fmt: skip
 
 

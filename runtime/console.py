@@ -113,7 +113,8 @@ def about_model(llm: Llama) -> list[str]:
     lines = [
         f"model: {name}, {_megabytes(size)}, {8 * size / weights.total():.2f} bits per weight ({codecs})",
         f"backend: {llm.model.kernels.describe()}",
-        f"context: {llm.n_ctx} tokens, {_megabytes(llm.cache_nbytes)}; {chat}",
+        f"context: {llm.n_ctx} tokens, {_megabytes(llm.cache_nbytes)} ({llm.cache_codec}); {chat}",
+        f"memory: {llm.memory}",
     ]
     if (file.header.get("licence") or {}).get("llama"):
         lines.append("Built with Llama")
@@ -124,8 +125,10 @@ def stats_line(llm: Llama, stats: Stats) -> str:
     """The line that ends an answer."""
     used = memory(llm)
     peak = f", peak {_megabytes(used['peak_rss'])}" if used["peak_rss"] else ""
+    lost = (("cut", stats.truncated_tokens), ("slid out", stats.dropped_tokens))
+    more = "".join(f", {count} {what}" for what, count in lost if count)
     return (
-        f"[prompt {stats.prompt_tokens} tokens ({stats.reused_tokens} reused), {stats.prompt_rate:.1f} tok/s"
+        f"[prompt {stats.prompt_tokens} tokens ({stats.reused_tokens} reused){more}, {stats.prompt_rate:.1f} tok/s"
         f" | generated {stats.generated_tokens} tokens, {stats.rate:.1f} tok/s, {stats.finish_reason}"
         f" | memory: weights {_megabytes(used['weights'])}, cache {_megabytes(used['cache'])}{peak}"
         f" | seed {stats.seed} | {llm.model.kernels.name}]"

@@ -11,6 +11,7 @@ from .generate import Run
 
 if TYPE_CHECKING:
     from .engine import Engine
+    from .llama import Llama
     from .sampler import Sampler
 
 
@@ -53,6 +54,23 @@ class Conversation:
             system = [] if self.system is None else [Message("system", self.system)]
             return llm.prepare_chat([*system, *self.messages], sampler, **options)
         return llm.prepare([token for part in self.texts for token in part], sampler, **options)
+
+    def save(self, llm: Llama, path: str) -> None:
+        """Write the conversation, and what the model has read, to a file. Raises OSError."""
+        llm.save_session(path, self.to_json())
+
+    @classmethod
+    def load(cls, llm: Llama, path: str, chat: bool) -> Conversation:
+        """Take over what `save` wrote. Raises CacheError or OSError; the context is as it was then."""
+
+        def read(value: Any) -> Conversation:
+            found = cls.from_json(value, llm.config.vocab_size)
+            if found.chat != chat:
+                kinds = ("a plain text (--raw)", "a conversation")
+                raise CacheError(f"{path} holds {kinds[found.chat]}, this is {kinds[chat]}")
+            return found
+
+        return llm.load_session(path, read)
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON object for a session file."""

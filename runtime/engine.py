@@ -13,26 +13,26 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
+from . import budget
 from .chat_format import ChatFormat, ChatFormatError, select_format
 from .chat_pieces import Message
 from .constraint import vocabulary
 from .fair_lock import FairLock
-from .generate import DEFAULT_SINKS, Criterion, Run, Session, TextPiece, common_length, generate_text
+from .generate import DEFAULT_SINKS, Criterion, Run, Session, Stats, TextPiece, common_length, generate_text
 from .model import Model, Signal
 from .options import (
     callables,
     check_arguments,
     check_bias,
     check_max_tokens,
-    check_memory,
     check_prompt,
     check_stop,
     defaults_of_file,
     ring_codec,
 )
 from .sampler import OptionError, Processor, Sampler
-from .sizes import kv_bytes_per_token
 from .tokenizer import load_tokenizer
+from .window import check_length, fit, overflow_error
 
 logger = logging.getLogger("tritllama")
 
@@ -90,14 +90,16 @@ class Engine:
         chat_format: str | None = None,
         jinja: bool = False,
         keep: int | None = None,
+        force: bool = False,
     ) -> None:
         check_arguments(n_ctx=n_ctx, n_batch=n_batch, n_threads=n_threads, kv=kv, keep=keep, seed=seed)
         self._arguments = {
             "n_ctx": n_ctx, "n_threads": n_threads, "backend": backend, "kv": kv, "seed": seed,
             "activations": activations, "n_batch": n_batch, "chat_format": chat_format, "jinja": jinja, "keep": keep,
+            "force": force,
         }  # fmt: skip
         self.path = Path(model_path)
-        self.seed, self.keep, self._kv = seed, keep, ring_codec(kv)
+        self.seed, self.keep = seed, keep
         self.model = Model.load(self.path, backend=backend, n_threads=n_threads, activations=activations)
         try:
             self.config = self.model.config
@@ -109,7 +111,10 @@ class Engine:
                 logger.warning("n_ctx is %d, the model was made for %d", self.n_ctx, self.config.max_seq_len)
             self.defaults = defaults_of_file(self.model.file.header.get("generation"), str(self.path))
             self._select_chat_format(chat_format, jinja)
-            check_memory(kv_bytes_per_token(self.config) * (self.n_ctx + n_batch), self.n_ctx)
+            codecs = budget.BY_QUALITY if self.model.kernels.int8 else ("f32",)
+            codecs = codecs if kv == "auto" else (ring_codec(kv),)
+            plans = budget.plans(self.model.file, self.config, self.n_ctx, n_batch, codecs, self.model.modules)
+            self._kv, self.memory = budget.choose(plans, force)
             self._n_batch, self._users = n_batch, _Users(self.model)
             self._vocabularies: dict[frozenset[int], Any] = {}
             self._open_session()
@@ -146,6 +151,12 @@ class Engine:
         check_bias(sampler.options.logit_bias, self.config.vocab_size)
         return sampler
 
+    def check_fits(self, text: str) -> None:
+        """Raise ContextOverflowError if a text alone is longer than the context, soon if it is much longer."""
+        check_length(text, self.tokenizer, self.n_ctx)
+        if (count := len(self.tokenize(text))) > self.n_ctx:
+            raise overflow_error(count, self.n_ctx)
+
     def prepare_chat(
         self, messages: Sequence[Mapping[str, Any] | Message], sampler: Sampler, tools: str = "", **options: Any
     ) -> Run:
@@ -153,6 +164,8 @@ class Engine:
         chat_format = self.require_chat_format()
         chat_format = chat_format.with_tools(tools) if tools else chat_format
         checked = chat_format.check(messages)
+        if options.get("overflow", "error") == "error":
+            check_length("".join(message.content for message in checked), self.tokenizer, self.n_ctx)
         ids = chat_format.encode(self.tokenizer, checked)
         sinks = DEFAULT_SINKS
         if self.keep is None:
@@ -176,24 +189,26 @@ class Engine:
         processors: Processor | Sequence[Processor] | None = None,
         criteria: Criterion | Sequence[Criterion] | None = None,
         sinks: int = DEFAULT_SINKS,
-        slide: bool = False,
+        overflow: str = "error",
     ) -> Run:
         """Check everything about a run before it starts.
 
-        slide: take a prompt longer than the context too, whose oldest tokens slide out, and with
-        max_tokens None let an answer be as long as the context.
+        overflow: what to do with a prompt longer than the context, see window.py; with "slide" and max_tokens None
+        an answer may be as long as the context.
         """
         self._check_open()
-        ids = check_prompt(ids, self.config.vocab_size, None if slide else self.n_ctx)
-        if max_tokens is None:
-            max_tokens = self.n_ctx if slide else max(1, self.n_ctx - len(ids))
-        check_max_tokens(max_tokens)
         sinks = min(sinks, self.n_ctx // 2) if self.keep is None else self.keep
+        if max_tokens is not None:
+            check_max_tokens(max_tokens)
+        given = check_prompt(ids, self.config.vocab_size)
+        ids = fit(given, overflow, self.n_ctx, sinks, max_tokens)
+        if max_tokens is None:
+            max_tokens = self.n_ctx if overflow == "slide" else max(1, self.n_ctx - len(ids))
         return Run(
             ids, sampler, self.tokenizer.eos_ids, max_tokens, check_stop(stop),
             sinks=sinks, cancel=cancel, progress=progress,
             processors=callables(processors, "logits_processor"),
-            criteria=callables(criteria, "stopping_criteria"),
+            criteria=callables(criteria, "stopping_criteria"), stats=Stats(truncated_tokens=len(given) - len(ids)),
         )  # fmt: skip
 
     def pieces(self, run: Run) -> Iterator[TextPiece]:
@@ -224,6 +239,11 @@ class Engine:
     def cache_nbytes(self) -> int:
         """Bytes of the keys and values that the context can hold."""
         return self._session.cache.nbytes
+
+    @property
+    def cache_codec(self) -> str:
+        """How keys and values are stored."""
+        return self._session.cache.codec
 
     @property
     def fingerprint(self) -> str:

@@ -32,20 +32,20 @@ Criterion = Callable[[Sequence[int], Floats], bool]
 DEFAULT_SINKS = 4
 
 
-class ContextOverflowError(ValueError):
-    """A prompt does not fit into the context."""
-
-
 @dataclass
 class Stats:
     """What a run did. finish_reason: "stop", "length", or "cancelled" also for a closed iterator; "" before.
 
     seconds: in choosing and evaluating tokens, not in the caller's hands; decoded: evaluations behind it,
-    one less than the tokens generated, because the first comes from the prompt's logits.
+    one less than the tokens generated, because the first comes from the prompt's logits;
+    truncated_tokens: cut out of the prompt before it was read; dropped_tokens: those that the answer no longer saw
+    when it ended, because they had slid out of the ring.
     """
 
     prompt_tokens: int = 0
     reused_tokens: int = 0
+    truncated_tokens: int = 0
+    dropped_tokens: int = 0
     prompt_seconds: float = 0.0
     generated_tokens: int = 0
     decoded: int = 0
@@ -178,6 +178,7 @@ def generate(session: Session, run: Run) -> Iterator[int]:
     stats.reused_tokens = session.keep_common(run.prompt, run.sinks)
     logits = session.forward(list(run.prompt[stats.reused_tokens :]), run, run.progress)
     stats.prompt_seconds = time.perf_counter() - started
+    stats.dropped_tokens = session.cache.dropped
     history = list(run.prompt)
     while True:
         if logits is None or run.is_set():
@@ -205,6 +206,7 @@ def generate(session: Session, run: Run) -> Iterator[int]:
         started = time.perf_counter()
         logits = session.forward([token], run)
         stats.decoded += 1
+        stats.dropped_tokens = session.cache.dropped
         stats.seconds += time.perf_counter() - started
 
 

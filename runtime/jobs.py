@@ -15,6 +15,7 @@ from .options import log_probs
 from .sampler import OptionError, SamplingOptions
 from .stream import Stream
 from .tool_calls import read_tools
+from .window import check_length
 
 SAMPLING = ("seed", *(field.name for field in fields(SamplingOptions)))
 
@@ -44,6 +45,8 @@ def completion_job(
         raise OptionError(f"a prompt must be a text or a list of token ids, got {type(prompt).__name__}")
     schema = schema_of(options.pop("response_format", None))
     sampler, options = _sampler(engine, options)
+    if isinstance(prompt, str) and options.get("overflow", "error") == "error":
+        check_length(prompt, engine.tokenizer, engine.n_ctx)
     ids = engine.tokenize(prompt) if isinstance(prompt, str) else prompt
     run = engine.prepare(ids, sampler, **options)
     return _job(engine, run, CompletionShape, collector, schema)

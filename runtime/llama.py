@@ -32,11 +32,12 @@ class Llama(Engine):
     ...     llm.create_completion("The capital of France is", max_tokens=8)["choices"][0]["text"]
     ' Paris.'
 
-    n_ctx: tokens of context, default the model's own up to 4096; n_batch: prompt tokens read in one step;
-    kv: codec of the cache, "auto" is f16, or f32 with activations "f32"; seed: of every call that names none,
-    None draws one each time; activations: "int8", or "f32" for exactness; chat_format: one of llama3, chatml,
-    llama2 instead of the file's own; jinja: run the file's chat template in a sandbox; keep: first tokens that
-    never slide out of a full context, default the system message.
+    n_ctx: tokens of context, default the model's own up to 4096; n_batch: prompt tokens read in one step; kv:
+    codec of the cache, "auto" is the best of f16, q8, k=q8,v=q4 and q4 for which memory is free, or f32 with
+    activations "f32"; force: go on though the machine has too little memory (`memory` tells what it takes); seed:
+    of every call that names none, None draws one each time; activations: "int8", or "f32" for exactness;
+    chat_format: one of llama3, chatml, llama2 instead of the file's own; jinja: run the file's chat template in a
+    sandbox; keep: first tokens that never slide out of a full context, default the system message.
 
     What was read stays in the context: the next call re-reads only where its prompt departs from it. Calls
     from several threads queue; `session()` opens another context over the same weights, and then they run side
@@ -84,6 +85,7 @@ class Llama(Engine):
         stopping_criteria: Criterion | Sequence[Criterion] | None = None,
         cancel: Signal | None = None,
         progress: Progress | None = None,
+        overflow: str = "error",
     ) -> Answer:
         """Continue a text; returns OpenAI's text_completion, or a Stream of its chunks with `stream`.
 
@@ -93,7 +95,8 @@ class Llama(Engine):
         "json_schema" as OpenAI has it (extra "json"); logits_processor: (ids, logits) -> logits, before all
         other steps; stopping_criteria: (ids, logits) -> bool, True ends the answer after the last of the ids;
         cancel: an event that ends the run, in the prompt too, with finish_reason "cancelled"; progress: called
-        with (done, total) while the prompt is read.
+        with (done, total) while the prompt is read; overflow: what to do with a prompt longer than n_ctx, "error",
+        "slide" or "truncate-middle" (see window.py); the result counts under "context" what was cut or slid out.
         Options left at None are those of the model's file, else llama.cpp's (see SamplingOptions).
 
         Raises ContextOverflowError for a prompt longer than n_ctx, OptionError for a bad value, LogitsError
@@ -105,6 +108,7 @@ class Llama(Engine):
             repeat_penalty=repeat_penalty, repeat_last_n=repeat_last_n, presence_penalty=presence_penalty,
             frequency_penalty=frequency_penalty, logit_bias=logit_bias, max_tokens=max_tokens, stop=stop,
             processors=logits_processor, criteria=stopping_criteria, cancel=cancel, progress=progress,
+            overflow=overflow,
         )  # fmt: skip
         return job.stream(self) if stream else job.whole(self)
 
@@ -136,6 +140,7 @@ class Llama(Engine):
         stopping_criteria: Criterion | Sequence[Criterion] | None = None,
         cancel: Signal | None = None,
         progress: Progress | None = None,
+        overflow: str = "error",
     ) -> Answer:
         """Answer a conversation; returns OpenAI's chat.completion, or a Stream of its chunks.
 
@@ -154,6 +159,7 @@ class Llama(Engine):
             repeat_penalty=repeat_penalty, repeat_last_n=repeat_last_n, presence_penalty=presence_penalty,
             frequency_penalty=frequency_penalty, logit_bias=logit_bias, max_tokens=max_tokens, stop=stop,
             processors=logits_processor, criteria=stopping_criteria, cancel=cancel, progress=progress,
+            overflow=overflow,
         )  # fmt: skip
         return job.stream(self) if stream else job.whole(self)
 

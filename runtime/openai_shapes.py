@@ -1,7 +1,8 @@
 """Results in the shape of OpenAI's API: completions, chat completions, and their chunks when streamed.
 
 Beyond OpenAI's keys each finished result has "seed" and "options" (what was in effect), "timings" (in
-llama.cpp's names), and usage.prompt_tokens_details.cached_tokens: prompt tokens that were still in the ring.
+llama.cpp's names), "context" (prompt tokens that were cut, tokens that had slid out at the end), and
+usage.prompt_tokens_details.cached_tokens: prompt tokens that were still in the ring.
 """
 
 from __future__ import annotations
@@ -201,6 +202,7 @@ def finished(run: Run) -> dict[str, Any]:
         },
         "seed": stats.seed,
         "options": {**vars(options), "logit_bias": dict(options.logit_bias), "max_tokens": run.max_tokens},
+        "context": {"truncated_tokens": stats.truncated_tokens, "dropped_tokens": stats.dropped_tokens},
         "timings": {
             "prompt_n": stats.prompt_tokens - stats.reused_tokens,
             "prompt_ms": stats.prompt_seconds * 1e3,

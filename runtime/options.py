@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from numbers import Integral
 from typing import Any
@@ -12,10 +11,10 @@ import numpy as np
 from formats.errors import HeaderError
 
 from .errors import CacheError
-from .generate import ContextOverflowError
 from .openai_shapes import LogProbs
 from .ring_codecs import CODECS, side_codecs
 from .sampler import OptionError, SamplingOptions, check_seed
+from .window import overflow_error
 
 MAX_LOGPROBS = 20
 # What generation_config.json calls our options
@@ -66,7 +65,7 @@ def check_stop(stop: Any) -> list[str]:
     return stops
 
 
-def check_prompt(ids: Any, vocab_size: int, n_ctx: int | None) -> list[int]:
+def check_prompt(ids: Any, vocab_size: int, n_ctx: int | None = None) -> list[int]:
     """Return the ids of a prompt as a list; n_ctx: the most there may be, None for any number.
 
     Raises OptionError for something else than ids of the vocabulary, ContextOverflowError for too many.
@@ -80,9 +79,7 @@ def check_prompt(ids: Any, vocab_size: int, n_ctx: int | None) -> list[int]:
         wrong = next(int(i) for i in array if not 0 <= i < vocab_size)
         raise OptionError(f"there is no token {wrong}; ids go from 0 to {vocab_size - 1}")
     if n_ctx is not None and len(array) > n_ctx:
-        raise ContextOverflowError(
-            f"the prompt has {len(array)} tokens, the context holds {n_ctx}; shorten it or raise n_ctx (-c)"
-        )
+        raise overflow_error(len(array), n_ctx)
     return [int(i) for i in array]
 
 
@@ -132,16 +129,3 @@ def defaults_of_file(generation: Any, path: str) -> dict[str, Any]:
 def _check_whole(name: str, value: Any, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
         raise OptionError(f"{name} must be a whole number, {least} or more, got {value!r}")
-
-
-def check_memory(nbytes: int, n_ctx: int) -> None:
-    """Refuse a context that the machine's memory cannot hold, before any of it is taken. Raises OptionError."""
-    try:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # not every system tells
-        return
-    if nbytes > memory:
-        raise OptionError(
-            f"a context of {n_ctx} tokens takes {nbytes / 1e9:.1f} GB, this machine has {memory / 1e9:.1f} GB; "
-            "take a smaller one (n_ctx, -c)"
-        )

@@ -6,10 +6,10 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from .chat_pieces import Message
 from .cli import describe, is_expected
 from .console import Console, stats_line
-from .generate import Run, Stats
+from .conversation import Conversation
+from .generate import Stats
 from .llama import Llama
 from .sampler import Sampler
 
@@ -20,6 +20,8 @@ HELP = """\
 /regen           answer the last message again
 /undo            take the last message and its answer back
 /stats           show the figures of the last answer
+/save FILE       write the conversation and what the model has read to a file
+/load FILE       go on with a conversation that was saved
 /exit            leave (also /bye, Ctrl-D)
 A line that ends with \\ goes on in the next; \"\"\" begins and ends a text of several lines.
 //text sends /text to the model. Ctrl-C stops an answer."""
@@ -33,7 +35,8 @@ class Command(NamedTuple):
 class Repl:
     """One conversation. The sampler lives as long: a seed repeats the whole conversation, not each answer.
 
-    chat: speak in the model's chat format; otherwise what is typed continues one plain text.
+    overflow: what to do once the conversation is longer than the context (see window.py); None lets it slide, but
+    refuses a single message that is longer than that.
     """
 
     def __init__(
@@ -41,21 +44,20 @@ class Repl:
         llm: Llama,
         console: Console,
         sampler: Sampler,
-        chat: bool,
-        system: str | None = None,
+        talk: Conversation,
         max_tokens: int | None = None,
         stop: Sequence[str] | None = None,
+        overflow: str | None = None,
     ) -> None:
-        self.llm, self.console, self.sampler, self.chat, self.system = llm, console, sampler, chat, system
-        self.options: dict[str, Any] = {"max_tokens": max_tokens, "stop": stop, "slide": True}
-        self.messages: list[Message] = []  # chat: user and assistant in turn
-        self.texts: list[list[int]] = []  # plain text: ids typed and ids generated in turn
+        self.llm, self.console, self.sampler, self.talk = llm, console, sampler, talk
+        self.options: dict[str, Any] = {"max_tokens": max_tokens, "stop": stop, "overflow": overflow or "slide"}
+        self._check_messages = overflow is None
         self.stats: Stats | None = None
         self._said_full = False
         self._terminal = console.stdin.isatty()
         self._commands: dict[str, Callable[[str], None]] = {
             "/help": self._help, "/reset": self._reset, "/clear": self._reset, "/system": self._system,
-            "/regen": self._regen, "/undo": self._undo, "/stats": self._stats,
+            "/regen": self._regen, "/undo": self._undo, "/stats": self._stats, "/save": self._save, "/load": self._load,
         }  # fmt: skip
 
     def run(self, first: str | None = None) -> int:
@@ -124,61 +126,59 @@ class Repl:
 
     def _ask(self, text: str) -> None:
         """Answer a message; if that fails or is stopped before a word, the conversation is as it was."""
-        if self.chat:
-            self.messages.append(Message("user", text))
-        else:
-            tokenizer, begins = self.llm.tokenizer, not self.texts
-            ids = tokenizer.encode(text, add_bos=begins and tokenizer.add_bos, continuation=not begins)
-            self.texts.append(ids)
+        if not self._try(lambda: self._add(text)):
+            return
         if not self._answer():
-            self._forget_question()
+            self.talk.turns.pop()
 
-    def _answer(self) -> bool:
-        cancel = threading.Event()
+    def _add(self, text: str) -> None:
+        if self._check_messages:
+            self.llm.check_fits(text)
+        self.talk.ask(self.llm, text)
+
+    def _try(self, action: Callable[[], None]) -> bool:
+        """Do something, and say in one line why it failed if that is the user's affair."""
         try:
-            run = self._prepare(cancel)
-            text, ids = self.console.stream(self.llm, run, cancel)
+            action()
         except Exception as exc:
             if not is_expected(exc) or isinstance(exc, BrokenPipeError):
                 raise
             self.console.say(f"error: {describe(exc)}")
             return False
-        self.stats = run.stats
-        if run.stats.finish_reason == "cancelled":
-            self.console.say("(stopped)" if text else "(stopped; the message is not kept)")
-        if not text and run.stats.finish_reason == "cancelled":
-            return False
-        if self.chat:
-            self.messages.append(Message("assistant", text, tuple(ids)))
-        else:
-            self.texts.append(ids)
-        self.console.say(stats_line(self.llm, run.stats))
-        self._say_when_full(run.stats)
         return True
 
-    def _prepare(self, cancel: threading.Event) -> Run:
-        if self.chat:
-            system = [] if self.system is None else [Message("system", self.system)]
-            messages = [*system, *self.messages]
-            return self.llm.prepare_chat(messages, self.sampler, cancel=cancel, **self.options)
-        ids = [token for part in self.texts for token in part]
-        return self.llm.prepare(ids, self.sampler, cancel=cancel, **self.options)
+    def _answer(self) -> bool:
+        return self._try(self._generate) and self._kept
+
+    def _generate(self) -> None:
+        """Answer the last question; afterwards _kept says whether there is an answer."""
+        self._kept = False
+        cancel = threading.Event()
+        run = self.talk.prepare(self.llm, self.sampler, cancel=cancel, **self.options)
+        text, ids = self.console.stream(self.llm, run, cancel)
+        self.stats = run.stats
+        cancelled = run.stats.finish_reason == "cancelled"
+        if cancelled:
+            self.console.say("(stopped)" if text else "(stopped; the message is not kept)")
+        if not text and cancelled:
+            return
+        self._kept = True
+        self.talk.answered(text, ids)
+        self.console.say(stats_line(self.llm, run.stats))
+        self._say_when_full(run.stats)
 
     def _say_when_full(self, stats: Stats) -> None:
-        full = stats.prompt_tokens + stats.generated_tokens > self.llm.n_ctx
+        full = stats.dropped_tokens > 0
         if full and not self._said_full:
             self.console.say(f"(the context of {self.llm.n_ctx} tokens is full: the oldest ones slide out)")
         self._said_full = full
-
-    def _forget_question(self) -> None:
-        (self.messages if self.chat else self.texts).pop()
 
     # ==== Commands ====
 
     def _command(self, name: str, argument: str) -> None:
         if name not in self._commands:
             self.console.say(f"error: unknown command {name} (/help lists them; //text sends /text)")
-        elif argument and name != "/system":
+        elif argument and name not in ("/system", "/save", "/load"):
             self.console.say(f"error: {name} takes no text")
         else:
             self._commands[name](argument)
@@ -187,22 +187,22 @@ class Repl:
         self.console.say(*HELP.splitlines())
 
     def _reset(self, _: str) -> None:
-        self.messages, self.texts, self._said_full = [], [], False
+        self.talk, self._said_full = Conversation(self.talk.chat, self.talk.system), False
         self.llm.reset()
         self.console.say("(the conversation begins anew)")
 
     def _system(self, text: str) -> None:
-        if not self.chat:
+        if not self.talk.chat:
             self.console.say("error: a plain text has no system message")
         elif text:
-            self.system = text
+            self.talk.system = text
             self._reset("")
         else:
             default = self.llm.chat_format.system if self.llm.chat_format else None
-            self.console.say(self.system or default or "(no system message)")
+            self.console.say(self.talk.system or default or "(no system message)")
 
     def _regen(self, _: str) -> None:
-        turns: list[Any] = self.messages if self.chat else self.texts
+        turns = self.talk.turns
         if not turns:
             self.console.say("error: there is no answer yet")
             return
@@ -211,7 +211,7 @@ class Repl:
             turns.append(old)
 
     def _undo(self, _: str) -> None:
-        turns: list[Any] = self.messages if self.chat else self.texts
+        turns = self.talk.turns
         if not turns:
             self.console.say("error: there is nothing to take back")
             return
@@ -223,6 +223,23 @@ class Repl:
             self.console.say("(nothing was generated yet)")
         else:
             self.console.say(stats_line(self.llm, self.stats))
+
+
+    def _save(self, path: str) -> None:
+        if not path:
+            self.console.say("error: /save FILE takes the name of a file")
+        elif self._try(lambda: self.talk.save(self.llm, path)):
+            self.console.say(f"(saved {len(self.talk.turns) // 2} exchanges)")
+
+    def _load(self, path: str) -> None:
+        if not path:
+            self.console.say("error: /load FILE takes the name of a file")
+        else:
+            self._try(lambda: self._go_on(path))
+
+    def _go_on(self, path: str) -> None:
+        self.talk = Conversation.load(self.llm, path, self.talk.chat)
+        self.console.say(f"(loaded {len(self.talk.turns) // 2} exchanges)")
 
 
 def _enable_line_editing() -> None:

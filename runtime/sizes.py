@@ -25,6 +25,15 @@ def weight_bytes_per_token(file: TritFile, config: ModelConfig) -> int:
     return total
 
 
+def scratch_bytes(config: ModelConfig, n_batch: int) -> int:
+    """Bytes of the buffers that the forward pass fills for a chunk of n_batch tokens, and of a token's logits.
+
+    They are the run state's, and as much again at most for what products and attention lay aside."""
+    q_dim, kv_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    numbers = 2 * config.dim + 3 * q_dim + 2 * kv_dim + 2 * config.hidden_dim
+    return 4 * (2 * n_batch * numbers + config.vocab_size)
+
+
 def kv_bytes_per_token(config: ModelConfig, codec: str = "f16", modules: Sequence[KVModule] = ()) -> int:
     """Bytes of keys and values that the ring keeps of one token. modules: the model's learned projections"""
     ring = KVRing(config, 2, chunk=1, sinks=0, codec=codec, modules=modules)

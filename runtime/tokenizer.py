@@ -6,6 +6,7 @@ import codecs
 import re
 import zlib
 from collections.abc import Callable, Iterable
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 from formats.errors import ChecksumError, TensorError, UnsupportedError
@@ -122,6 +123,11 @@ class Tokenizer:
         if token in self._shown:
             return self._shown[token] if special else b""
         return self._tokens[token] if 0 <= token < len(self._tokens) else b""
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Most bytes of plain text that one token stands for."""
+        return max(map(len, self._tokens), default=1) or 1
 
     @property
     def strips_first_space(self) -> bool:

@@ -14,6 +14,7 @@ class ByteTokenizer:
     """The interface of runtime.tokenizer.Tokenizer over bytes. bos, eos: texts of some of the CONTROLS."""
 
     strips_first_space = False
+    longest_token = 1
 
     add_bos = False
 

@@ -31,6 +31,10 @@ class FakeRing:
         self._sinks = value
 
     @property
+    def dropped(self) -> int:
+        return max(0, self.length - self.capacity)
+
+    @property
     def length(self) -> int:
         return len(self.seen)
 

@@ -246,3 +246,44 @@ def test_an_error_leaves_the_conversation_as_it_was(model: Path) -> None:
     assert done.returncode == 0 and len(reused(done)) == 2
     assert "a plain text has no system message" in done.stderr
     assert reused(done)[1][1] >= reused(done)[0][0]
+
+
+# ==== Sessions ====
+
+
+def test_a_session_goes_on_where_it_ended(model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.session"
+    whole = converse(model, "one", "two", "three")
+    first = converse(model, "one", "two", options=("--session", path))
+    second = converse(model, "three", options=("--session", path))
+    assert first.returncode == second.returncode == 0
+    assert first.stdout + second.stdout == whole.stdout
+    assert reused(second) == reused(whole)[2:] and f"session: {path}, 2 exchanges" in second.stderr
+    once = chat(model, "-p", "four", "--chat-format", "llama2", "-n", 4, "--session", path, *QUICK)
+    assert once.stdout == converse(model, "one", "two", "three", "four").stdout.removeprefix(whole.stdout)
+
+
+def test_save_and_load(model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.session"
+    done = converse(model, "one", f"/save {path}", "two", "/reset", f"/load {path}", "two", "/load", f"/load {path}x")
+    assert "(saved 1 exchanges)" in done.stderr and "(loaded 1 exchanges)" in done.stderr
+    assert reused(done)[2] == reused(done)[1]
+    assert "error: /load FILE takes the name of a file" in done.stderr
+    assert f"error: {path}x: No such file" in done.stderr
+
+
+def test_a_session_that_cannot_be_used(model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.session"
+    converse(model, "one", options=("--session", path))
+    assert "capacity" in refused(converse(model, "two", options=("--session", path, "-c", 50)))
+    assert "plain text" in refused(chat(model, "-p", "x", "--raw", "--session", path, *QUICK))
+    path.write_bytes(path.read_bytes()[:-1])
+    assert "checksum" in refused(converse(model, "two", options=("--session", path)))
+
+
+def test_a_message_longer_than_the_context_is_refused_in_a_conversation(model: Path) -> None:
+    done = converse(model, "word " * 50, "one", options=("-c", 40))
+    assert done.returncode == 0 and len(reused(done)) == 1 and "the context holds 40" in done.stderr
+    slid = converse(model, "word " * 50, "one", options=("-c", 40, "--overflow", "slide"))
+    assert len(reused(slid)) == 2 and " slid out," in slid.stderr
+    assert " cut," in chat(model, "-p", "word " * 50, "--raw", "-c", 40, "--overflow", "truncate-middle", *QUICK).stderr

@@ -12,10 +12,13 @@ from typing import Any
 
 import pytest
 
-from runtime import Llama
+from runtime import ContextOverflowError, Llama, budget
+from runtime.budget import BY_QUALITY, Memory
 from runtime.conversation import Conversation
 from runtime.errors import CacheError
+from runtime.sampler import OptionError
 from runtime.state import FIXED, write_private
+from runtime.window import fit
 
 KINDS = ("f32", "f16", "q8", "k=q8,v=q4", "q4")
 TEXT = "It is a truth universally acknowledged that a ring which is full must be in want of tokens. "
@@ -24,7 +27,7 @@ LONG = TEXT * 3  # three windows and more
 
 def ids_of(llm: Llama, prompt: str, max_tokens: int = 12) -> tuple[list[int], int]:
     """What a prompt is continued with, and how many of its tokens were reused."""
-    run = llm.prepare(llm.tokenize(prompt), llm.sampler(temperature=0), max_tokens=max_tokens, slide=True)
+    run = llm.prepare(llm.tokenize(prompt), llm.sampler(temperature=0), max_tokens=max_tokens, overflow="slide")
     run.stop_ids = ()
     ids = [token for piece in llm.pieces(run) for token, _ in piece.tokens]
     return ids, run.stats.reused_tokens
@@ -152,3 +155,92 @@ def test_what_is_no_conversation_leaves_the_context_as_it_was(open_llama: Any, t
     with pytest.raises(CacheError, match="no conversation"):
         llm.load_session(path, lambda found: Conversation.from_json(found, 265))
     assert llm.save_state() == before
+
+
+# ==== Prompts longer than the context ====
+
+
+def test_a_prompt_may_slide_or_lose_its_middle(llm: Llama) -> None:
+    prompt = llm.tokenize(LONG)
+    bias = dict.fromkeys(llm.tokenizer.eos_ids, -99.0)
+    options: dict[str, Any] = {"max_tokens": 10, "temperature": 0, "logit_bias": bias}
+    slid: Any = llm.create_completion(prompt, overflow="slide", **options)
+    assert slid["context"] == {"truncated_tokens": 0, "dropped_tokens": len(prompt) + 9 - 96}
+    assert slid["usage"]["prompt_tokens"] == len(prompt)
+    cut: Any = llm.create_completion(prompt, overflow="truncate-middle", **options)
+    assert cut["context"] == {"truncated_tokens": len(prompt) - 86, "dropped_tokens": 0}
+    same: Any = llm.create_completion(prompt[:4] + prompt[-82:], **options)
+    assert same["choices"] == cut["choices"] and same["context"] == {"truncated_tokens": 0, "dropped_tokens": 0}
+    short: Any = llm.create_completion("short", overflow="truncate-middle", **options)
+    assert short["context"]["truncated_tokens"] == 0
+
+
+def test_what_is_left_of_a_cut_prompt() -> None:
+    ids = list(range(100))
+    assert fit(ids, "truncate-middle", 20, 4, None) == [0, 1, 2, 3, *range(89, 100)]
+    assert fit(ids, "truncate-middle", 20, 4, 0) == [0, 1, 2, 3, *range(84, 100)]
+    assert fit(ids, "truncate-middle", 20, 4, 1000) == [0, 1, 2, 3, *range(94, 100)]
+    assert fit(ids, "truncate-middle", 20, 19, -1) == [*range(14), 99]
+    assert fit(ids, "slide", 20, 4, None) == fit(ids, "error", 100, 4, None) == ids
+    with pytest.raises(OptionError, match="error, slide or truncate-middle, got 'wrap'"):
+        fit(ids, "wrap", 20, 4, None)
+
+
+def test_ten_megabytes_are_refused_before_they_are_tokenised(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*args: Any, **options: Any) -> Any:
+        raise AssertionError("tokenised")
+
+    monkeypatch.setattr(llm.tokenizer, "encode", never)
+    text = "é" * 5_000_000
+    for ask in (
+        lambda: llm.create_completion(text),
+        lambda: llm.create_chat_completion([{"role": "user", "content": text}]),
+        lambda: llm.check_fits(text),
+    ):
+        with pytest.raises(ContextOverflowError, match="at least 10000000 tokens, the context holds 96"):
+            ask()
+
+
+# ==== Memory ====
+
+
+def test_memory_is_told_and_refused_with_numbers(open_llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = open_llama(activations="int8", kv="q8")
+    assert llm.memory.cache == llm.cache_nbytes and llm.memory.total > llm.memory.cache + llm.memory.weights
+    monkeypatch.setattr("runtime.budget.machine_memory", lambda: (llm.memory.total - 1, 10**12))
+    with pytest.raises(OptionError, match=r"kv q8.*MB of memory; take a smaller context.*--force"):
+        open_llama(activations="int8", kv="q8")
+    assert open_llama(activations="int8", kv="q8", force=True).memory == llm.memory
+
+
+def test_auto_takes_the_best_codec_for_which_memory_is_free(open_llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    plans = {codec: Memory(1000, cache, 10) for codec, cache in zip(BY_QUALITY, (400, 300, 200, 100), strict=True)}
+    for codec, memory in plans.items():
+        monkeypatch.setattr("runtime.budget.machine_memory", lambda free=memory.total: (10**12, free))
+        assert budget.choose(plans) == (codec, memory)
+    monkeypatch.setattr("runtime.budget.machine_memory", lambda: (1110, 1))
+    assert budget.choose(plans)[0] == "q4"  # the machine could hold it
+    assert open_llama(activations="int8", force=True).cache_codec == "q4"
+    monkeypatch.setattr("runtime.budget.machine_memory", lambda: (1109, 1))
+    with pytest.raises(OptionError, match="kv q4"):
+        budget.choose(plans)
+    monkeypatch.setattr("runtime.budget.machine_memory", lambda: (None, None))
+    assert budget.choose(plans)[0] == "f16"
+
+
+def test_limits_of_control_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(name: str, text: str) -> None:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+
+    write("a/b/memory.max", "max\n")
+    write("a/memory.max", "5000\n")
+    write("a/memory.current", "3000\n")
+    write("a/memory.stat", "anon 900\nactive_file 100\ninactive_file 1000\n")
+    write("memory/memory.limit_in_bytes", "7000\n")
+    write("memory/memory.usage_in_bytes", "10\n")
+    write("groups", "4:memory:/elsewhere\n3:cpu:/x\n0::/a/b\n")
+    monkeypatch.setattr(budget, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(budget, "_GROUPS_OF_PROCESS", tmp_path / "groups")
+    assert sorted(budget._cgroup_limits()) == [(5000, 1900), (7000, 10)]
+    assert budget.machine_memory() == (5000, 3100)
