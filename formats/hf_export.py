@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +21,7 @@ from .container import Tensor, TritFile
 from .errors import HeaderError, TensorError
 from .hf import CARRIED, TOKENIZER_FILES, TOKENIZER_SIDE_FILES
 from .hf_names import HF_NAMES
-from .kv_map import CONFIG_KEY, map_of
+from .kv_map import CONFIG_KEY, map_of, names_for
 from .kv_modules import KVModule, module_tensors, read_kv_modules
 from .licence import LICENCE_FILES
 from .safetensors_writer import SHARD_BYTES, Piece, Progress, write_folder
@@ -31,7 +30,6 @@ from .version import __version__
 
 DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 ROOM = 64 << 20
-_KV_NAME = re.compile(r"layers\.(\d+)\.kv\.(k|v)\.(.*)")
 _CONFIG = {
     "hidden_size": "dim",
     "intermediate_size": "hidden_dim",
@@ -150,10 +148,7 @@ def _pieces(file: TritFile, made: Exported) -> tuple[list[Piece], list[str]]:
 def _kv_names(file: TritFile, modules: Sequence[KVModule], taken: set[str]) -> dict[str, str]:
     """Give the modules' tensors the names that they had, or some where the file does not know. Raises HeaderError."""
     ours = list(module_tensors(modules, file.config)) if modules else []
-    names = (file.header.get("source") or {}).get("kv_names")
-    if names is None:
-        names = {name: _KV_NAME.sub(r"model.layers.\1.self_attn.\2_\3", name) for name in ours}
-        names = {name: theirs if theirs.endswith(".bias") else f"{theirs}.weight" for name, theirs in names.items()}
+    names = (file.header.get("source") or {}).get("kv_names", names_for(ours))
     good = isinstance(names, dict) and all(isinstance(names.get(name), str) for name in ours)
     if not good or len({names[name] for name in ours} - taken - {"__metadata__"}) < len(ours):
         raise HeaderError(file.path, "source kv_names does not give each tensor of the KV modules a name of its own")

@@ -121,6 +121,20 @@ def _layers_of(entry: Mapping[str, Any], shapes: Shapes) -> list[int]:
     return [int(match[1]) for name in shapes if (match := pattern.fullmatch(name))]
 
 
+def names_for(ours: Iterable[str]) -> dict[str, str]:
+    """Make up names in a checkpoint that `find_kv_modules` understands. ours: our names of modules' tensors
+
+    >>> names_for(["layers.3.kv.v.encoder", "layers.3.kv.v.encoder.bias"])["layers.3.kv.v.encoder.bias"]
+    'model.layers.3.self_attn.v_encoder.bias'
+    """
+    made = {}
+    for name in ours:
+        _, layer, _, side, role = name.split(".", 4)
+        kind = "" if role.endswith(".bias") else ".weight"
+        made[name] = f"model.layers.{layer}.self_attn.{side}_{role}{kind}"
+    return made
+
+
 def map_of(modules: Iterable[KVModule], names: Mapping[str, str]) -> dict[str, Any]:
     """Make the map that says what these modules are. names: our tensor name -> name in the checkpoint"""
     entries = []

@@ -21,6 +21,8 @@ from .codecs import CODECS
 from .hf import TOKENIZER_FILES, TOKENIZER_SIDE_FILES
 from .hf_config import config_from_hf
 from .hf_names import HF_NAMES
+from .kv_map import names_for
+from .kv_modules import KVModule, kv_width, module_tensors
 from .plan import EMBEDDINGS
 from .safetensors_writer import SHARD_BYTES, Piece, Progress, write_folder
 from .source import expected_tensors
@@ -53,6 +55,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 RELEASED = tuple(f"released-trit{depth}" for depth in (1, 2, 3, 4))
 FORMS = ("f16", "bf16", "f32", "nf4", *RELEASED)
 _STORED = {"f16": ("F16", "float16"), "bf16": ("BF16", "bfloat16"), "f32": ("F32", "float32")}
+# As LeanLlama-8B compresses values (half their width is a guess), and LeanLlama-70B keys and values
+KV_FORMS = ("v", "k+v")
 NF4_PARAMS: dict[str, Any] = {"block": 64, "nested_block": 256, "dtype": "float16"}
 CHUNK_ROWS = 16  # rows that come from one generator
 
@@ -64,6 +68,7 @@ def make_checkpoint(
     layers: int | None = None,
     seed: int = 0,
     tokenizer: Path | None = None,
+    kv_modules: str | None = None,
     encode: Encode = encode_reference,
     progress: Progress | None = None,
     shard_bytes: int = SHARD_BYTES,
@@ -71,7 +76,7 @@ def make_checkpoint(
     """Write a Hugging Face folder; it must not exist, and nothing is left of it if the writing fails.
 
     shape, form: keys of SHAPES, one of FORMS; layers: instead of the shape's own number
-    tokenizer: a folder whose tokenizer files are copied
+    tokenizer: a folder whose tokenizer files are copied; kv_modules: one of KV_FORMS, in float16 always
 
     Raises OSError.
     """
@@ -84,6 +89,8 @@ def make_checkpoint(
             "quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
             "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": "float16",
         }  # fmt: skip
+    if kv_modules is not None:
+        raw |= {"architectures": ["LeanLlamaForCausalLM"], "kv_rope": "before"}
     folder.mkdir()
     try:
         if tokenizer:
@@ -93,10 +100,22 @@ def make_checkpoint(
         config = config_from_hf(raw, folder / "config.json")
         (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
         pieces = [p for name, size in expected_tensors(config).items() for p in _tensor(name, size, form, seed, encode)]
+        pieces += _kv_pieces(kv_modules, config, seed) if kv_modules is not None else []
         write_folder(folder, pieces, shard_bytes, progress, in_order=True)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+def _kv_pieces(form: str, config: dict[str, Any], seed: int) -> list[Piece]:
+    """Describe the tensors of KV modules, of the second half of the layers."""
+    layers = range(config["n_layers"] // 2, config["n_layers"])
+    both: dict[str, Any] = {"rank": 4, "hidden": 128, "activation": "gelu"}
+    modules = [KVModule(i, "v", **both if form == "k+v" else {"rank": kv_width(config) // 2}) for i in layers]
+    modules += [KVModule(i, "k", rope="before", **both) for i in layers if form == "k+v"]
+    shapes = module_tensors(modules, config)
+    rows = {name: random_rows(name, shape, seed) for name, shape in shapes.items()}
+    return [Piece(theirs, "F16", shapes[n], _cast("F16", shapes[n], rows[n])) for n, theirs in names_for(rows).items()]
 
 
 def random_rows(name: str, shape: tuple[int, ...], seed: int) -> Rows:

@@ -11,9 +11,10 @@ import pytest
 from formats.container import dequantize, open_trit
 from formats.convert import convert
 from formats.hf_config import config_from_hf
+from formats.kv_modules import KVModule, module_tensors
 from formats.safetensors_reader import open_folder
 from formats.source import expected_tensors, open_source
-from formats.synthetic import _COMMON, FORMS, SHAPES, make_checkpoint, random_rows
+from formats.synthetic import _COMMON, FORMS, KV_FORMS, SHAPES, make_checkpoint, random_rows
 from tests import tiny
 from tools.make_checkpoint import main
 
@@ -35,6 +36,21 @@ def test_every_form_is_kept_without_loss(form: str, tmp_path: Path) -> None:
                 assert not {"exceptions", "sign_bytes"} & set(file.tensors[name].params)
     if form in ("f16", "bf16", "f32"):
         assert {tensor.dtype for tensor in open_folder(tmp_path / "source")[0].values()} == {form.upper()}
+
+
+@pytest.mark.parametrize("modules", KV_FORMS)
+def test_learned_kv_modules_are_found_and_kept(modules: str, tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "source", "tiny", "nf4", kv_modules=modules)
+    source = open_source(tmp_path / "source")
+    form = {"v": [KVModule(1, "v", 40)]}.get(modules) or [
+        KVModule(1, side, 4, 128, "gelu", "before" if side == "k" else None) for side in "kv"
+    ]
+    assert source.kv_modules == form
+    convert(source, tmp_path / "m.trit", "keep")
+    with open_trit(tmp_path / "m.trit") as file:
+        for name in module_tensors(form, source.config):
+            assert file.tensors[name].codec == "f16"
+            assert np.array_equal(dequantize(file.tensors[name]), source.tensors[name].read())
 
 
 def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from formats.synthetic import FORMS, SHAPES, make_checkpoint
+from formats.synthetic import FORMS, KV_FORMS, SHAPES, make_checkpoint
 from runtime.cli import ArgumentParser, run
 from runtime.encoder import fast_encoder
 from runtime.progress import Bar
@@ -23,6 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--out", metavar="DIR", required=True, help="the folder to write; it must not exist")
     form_help = "how the weights are stored (default f16); released-trit4: as float16 values that were trits"
     parser.add_argument("--form", choices=FORMS, default="f16", help=form_help)
+    kv_help = "learned KV modules in half of the layers: linear ones for the values, or GELU autoencoders for both"
+    parser.add_argument("--kv-modules", choices=KV_FORMS, help=kv_help)
     parser.add_argument("--layers", type=positive, metavar="N", help="layers, if not as many as the model has")
     parser.add_argument("--seed", type=natural, default=0, metavar="N", help="other weights for every number (0)")
     parser.add_argument("--tokenizer", metavar="DIR", type=Path, help="a folder whose tokenizer files are copied")
@@ -39,7 +41,9 @@ def _main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     started, out = time.perf_counter(), Path(args.out)
     with Bar("write") as bar, fast_encoder() as encode:
-        make_checkpoint(out, args.shape, args.form, args.layers, args.seed, args.tokenizer, encode, bar)
+        make_checkpoint(
+            out, args.shape, args.form, args.layers, args.seed, args.tokenizer, args.kv_modules, encode, bar
+        )
     size = sum(path.stat().st_size for path in out.iterdir())
     seconds = time.perf_counter() - started
     print(f"{out}: {args.shape} as {args.form}, {size / 1e9:.2f} GB, {seconds:.1f} s", file=sys.stderr)
