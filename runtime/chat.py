@@ -14,16 +14,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from formats.version import __version__
-
 from .cli import ArgumentParser, UserError, run
 from .console import Console, about_model, memory, stats_line
 from .conversation import Conversation
-from .engine import DEFAULT_N_BATCH
 from .generate import Run
 from .llama import Llama
+from .model_arguments import add_chat_format, add_model, add_running, check_model_arguments, load_model
 from .openai_shapes import finished
-from .options import check_arguments, check_max_tokens, check_stop
+from .options import check_max_tokens, check_stop
 from .repl import Repl
 from .sampler import SamplingOptions
 from .window import POLICIES
@@ -44,10 +42,7 @@ SAMPLING: dict[str, tuple[tuple[str, ...], Any, str]] = {
 def setup_arg_parser() -> argparse.ArgumentParser:
     """Build the parser of this command."""
     parser = ArgumentParser(prog="python -m runtime.chat", description="Talk to a model.", allow_abbrev=False)
-    add = parser.add_argument
-    add("model", nargs="?", metavar="MODEL.trit", help="the model (default: a demo model, fetched once)")
-    add("-m", "--model", dest="model_option", metavar="MODEL.trit", help="the model, as an option")
-    add("--version", action="version", version=f"tritllama {__version__}")
+    add_model(parser)
 
     group = parser.add_argument_group("what is asked")
     add = group.add_argument
@@ -56,8 +51,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     add("-sys", "--system-prompt", metavar="TEXT", help="what the model is told before the conversation")
     add("-i", "--interactive", action="store_true", help="converse, also after -p and without a terminal")
     add("--raw", action="store_true", help="continue the text as it is, without the chat format")
-    add("--chat-format", metavar="NAME", help="llama3, chatml or llama2 instead of the model's own")
-    add("--jinja", action="store_true", help="run the model's own chat template, in a sandbox")
+    add_chat_format(group)
     add("--session", metavar="FILE", help="go on with the conversation in FILE, if it is there, and save it at the end")
     add("--json", action="store_true", help="print one JSON object: the text and what is known about the run")
 
@@ -70,22 +64,12 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         add(*flags, dest=name, type=kind, metavar="N" if kind is int else "F", help=text)
     add("--stop", action="append", metavar="TEXT", help="end the answer before this text; may be repeated")
 
-    group = parser.add_argument_group("how it is run")
-    add = group.add_argument
-    add("-c", "--ctx-size", dest="n_ctx", type=int, metavar="N",
-        help="tokens of context (the model's, up to 4096)")  # fmt: skip
-    add("-b", "--batch-size", dest="n_batch", type=int, default=DEFAULT_N_BATCH, metavar="N",
-        help="prompt tokens read in one step (256)")  # fmt: skip
-    add("-t", "--threads", dest="n_threads", type=int, metavar="N", help="threads (all cores allowed)")
-    add("--keep", type=int, metavar="N",
-        help="first tokens that stay when the context is full (the system prompt)")  # fmt: skip
-    add("--kv", default="auto", metavar="CODEC",
-        help="codec of keys and values: auto, f32, f16, q8, q4, or k=CODEC,v=CODEC")  # fmt: skip
-    add("--overflow", choices=POLICIES,
-        help="what to do with a prompt longer than the context (error; a conversation slides)")  # fmt: skip
-    add("--force", action="store_true", help="run though it takes more memory than there is")
-    add("--backend", choices=("auto", "native", "numba", "numpy"), default="auto", help="kernels to run on")
-    add("--activations", choices=("int8", "f32"), default="int8", help="int8: fast; f32: exact")
+    add_running(parser)
+    parser.add_argument(
+        "--overflow",
+        choices=POLICIES,
+        help="what to do with a prompt longer than the context (error; a conversation slides)",
+    )
     return parser
 
 
@@ -103,7 +87,7 @@ def _main(argv: list[str]) -> int:
     interactive = args.interactive or prompt is None
     if args.json and interactive:
         raise UserError("--json answers one prompt: give it with -p, -f or on stdin, and without -i")
-    with console.logging(), _load(args) as llm:
+    with console.logging(), load_model(args) as llm:
         chat = not args.raw and not (llm.is_base and args.system_prompt is None)
         if chat:
             llm.require_chat_format()
@@ -176,17 +160,12 @@ def _check(args: argparse.Namespace) -> None:
     given = _sampling(args)
     given.pop("seed")
     SamplingOptions(**{name: value for name, value in given.items() if value is not None})
-    check_arguments(n_ctx=args.n_ctx, n_batch=args.n_batch, n_threads=args.n_threads, keep=args.keep,
-                    kv=args.kv, seed=args.seed)  # fmt: skip
+    check_model_arguments(args)
     if args.max_tokens is not None:
         check_max_tokens(args.max_tokens)
     check_stop(args.stop)
-    if args.model is not None and args.model_option is not None:
-        raise UserError("the model is named twice, as an argument and with -m")
     if args.raw and (args.system_prompt is not None or args.chat_format or args.jinja):
         raise UserError("--raw uses no chat format: leave out -sys, --chat-format and --jinja")
-    if args.jinja and args.chat_format:
-        raise UserError("--jinja runs the model's own template: leave out --chat-format")
     if args.prompt is not None and args.file is not None:
         raise UserError("-p and -f both give the prompt: leave one out")
 
@@ -214,19 +193,6 @@ def _read_prompt(args: argparse.Namespace, stdin: TextIO) -> str | None:
     if not prompt.strip():
         raise UserError("the prompt is empty")
     return prompt
-
-
-def _load(args: argparse.Namespace) -> Llama:
-    path = args.model if args.model is not None else args.model_option
-    if path is None:
-        from .demo import demo_model
-
-        path = demo_model()
-    return Llama(
-        path, n_ctx=args.n_ctx, n_batch=args.n_batch, n_threads=args.n_threads, backend=args.backend,
-        kv=args.kv, seed=args.seed, activations=args.activations, chat_format=args.chat_format,
-        jinja=args.jinja, keep=args.keep, force=args.force,
-    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from .fair_lock import FairLock
 from .generate import DEFAULT_SINKS, Criterion, Run, Session, Stats, TextPiece, common_length, generate_text
 from .model import Model, Signal
 from .options import (
+    DEFAULT_N_BATCH,
     callables,
     check_arguments,
     check_bias,
@@ -37,7 +38,6 @@ from .window import check_length, fit, overflow_error
 logger = logging.getLogger("tritllama")
 
 DEFAULT_N_CTX = 4096
-DEFAULT_N_BATCH = 256
 
 Progress = Callable[[int, int], None]
 Self = TypeVar("Self", bound="Engine")
@@ -234,6 +234,10 @@ class Engine:
         if self.chat_format is None:
             raise ChatFormatError(self._no_chat_format)
         return self.chat_format
+
+    def overlap(self, ids: Sequence[int]) -> int:
+        """How many first tokens of a prompt the context holds already; a guess while a call is running."""
+        return common_length(self._session.ids, ids)
 
     @property
     def cache_nbytes(self) -> int:

@@ -16,6 +16,7 @@ from .ring_codecs import CODECS, side_codecs
 from .sampler import OptionError, SamplingOptions, check_seed
 from .window import overflow_error
 
+DEFAULT_N_BATCH = 256
 MAX_LOGPROBS = 20
 # What generation_config.json calls our options
 FILE_OPTIONS = {
@@ -70,7 +71,10 @@ def check_prompt(ids: Any, vocab_size: int, n_ctx: int | None = None) -> list[in
 
     Raises OptionError for something else than ids of the vocabulary, ContextOverflowError for too many.
     """
-    array = np.asarray(ids)
+    try:
+        array = np.asarray(ids)
+    except ValueError:  # lists of different lengths
+        array = np.zeros(1)
     if array.size == 0:
         raise OptionError("the prompt is empty; give it at least one token")
     if array.ndim != 1 or array.dtype.kind not in "iu":
