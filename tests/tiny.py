@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,12 +90,13 @@ def folder_with_tokenizer(target: Path, name: str = "tiny-llama-tied-bf16") -> P
     return target
 
 
-def write_tokenizer(folder: Path, vocab_size: int = 512) -> None:
+def write_tokenizer(folder: Path, vocab_size: int = 512, more_special: Sequence[str] = ()) -> None:
     """Write a byte-level BPE tokenizer in Llama 3's style with ids 0..vocab_size-1.
 
-    Ids 0..3 are control tokens (1 is BOS, 2 and 3 end), then the 256 bytes, then merges of two letters."""
+    Ids 0..3 are control tokens (1 is BOS, 2 and 3 end), then those in `more_special`, then the 256 bytes, then merges
+    of two letters."""
     byte_chars = _byte_alphabet()
-    special = list(_SPECIAL)
+    special = [*_SPECIAL, *more_special]
     table = {char: len(special) + i for i, char in enumerate(byte_chars)}
     letters = "Ġetaoinshrdlu"
     pairs = [(a, b) for a in letters for b in letters if b != "Ġ"] + [(a, b) for a in "ETAOINSH" for b in letters[1:]]

@@ -1,0 +1,1 @@
+"""The server: an HTTP interface in OpenAI's form, and a small chat page."""
