@@ -116,6 +116,8 @@ def _guessed(path: str | os.PathLike[str], shapes: Shapes, width: int) -> dict[t
     for name in shapes:
         match = IN_LAYER.fullmatch(name)
         if match is None:
+            if None not in _side_and_role(name):  # the modules may lie in a place of their own
+                unsure.append(name)
             continue
         side, role = _side_and_role(match[2])
         if side is not None and role is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,11 @@ from formats.codecs import CODECS
 from formats.container import dequantize, open_trit
 from formats.hf_names import HF_NAMES
 from formats.kv_modules import KVModule, module_tensors
-from formats.safetensors_reader import open_folder
+from formats.safetensors_reader import open_folder, read_file
 from formats.safetensors_writer import Piece, write_folder
 from formats.source import open_source
 from runtime.model import Model
-from tests import reference_model
+from tests import reference_model, tiny
 from tests.checkpoints import config_of, edit_json, write_gguf, write_hf
 from tests.native_library import ensure_native_library
 from tools import convert, export, inspect
@@ -30,6 +31,8 @@ CONFIG = config_of()
 LEAN = {"architectures": ["LeanLlamaForCausalLM"]}
 # Largest absolute difference of a logit from the float64 model: float32 sums
 EXACT = 3e-5
+# From transformers in float32
+LIKE_TRANSFORMERS = 1e-4
 Weights = dict[str, np.ndarray]
 
 LINEAR: dict[str, Any] = {"rank": 6}
@@ -179,6 +182,33 @@ def test_logits_of_a_bitsandbytes_checkpoint(packed: str, backend: str, folder: 
             assert codecs[name] == "f16" and np.array_equal(dequantize(file.tensors[name]), weights[name])
     assert codecs["layers.0.wq"] == "nf4"
     assert_runs(out, weights, modules, backend)
+
+
+@pytest.mark.parametrize(
+    ("name", "base", "stated"),
+    [
+        ("linear", "tiny-llama-bias-nf4-dq-emb", {}),
+        ("gelu", "tiny-llama-tied-bf16", {**LEAN, "kv_rope": "before"}),
+    ],
+)
+def test_logits_are_those_of_transformers(
+    name: str, base: str, stated: dict[str, Any], backend: str, folder: Path, out: Path
+) -> None:
+    """Two checkpoints of the makers' forms: transformers' own code, with the modules hooked in."""
+    shutil.copytree(tiny.fixture_folder(base), folder)
+    edit_json(folder / "config.json", **stated)
+    (folder / "model.safetensors").rename(folder / "llama.safetensors")
+    shutil.copyfile(tiny.FIXTURES / f"kv-{name}.safetensors", folder / "kv.safetensors")
+    shards = [folder / "llama.safetensors", folder / "kv.safetensors"]
+    weight_map = {tensor: shard.name for shard in shards for tensor in read_file(shard)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert convert.main([str(folder), "-o", str(out), "--quant", "keep"]) == 0
+    expected = tiny.expected_logits(f"kv-{name}")
+    model = Model.load(out, backend=backend, n_threads=2, activations="f32")
+    ring = model.new_cache(64, n_batch=16)
+    logits = model.forward(expected["input_ids"], ring, "all")
+    assert logits is not None and np.abs(logits - expected["logits"]).max() <= LIKE_TRANSFORMERS
+    model.close()
 
 
 @pytest.mark.parametrize("quant", ["trit2", "nf4", "q8", "f32", "keep"])

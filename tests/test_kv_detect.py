@@ -109,6 +109,7 @@ V = linear("v_encoder.{}", "v_decoder.{}")
         (linear("k_encoder.{}", "k_decoder.{}"), {}, "before or after RoPE"),
         (linear("k_encoder.{}", "k_decoder.{}"), {"pre_rope": True, "k_rope": "after"}, "before or after RoPE"),
         (linear("encoder.{}", "decoder.{}"), {}, "of no form that is known"),
+        ({"model.v_modules.3.encoder.weight": (RANK, WIDTH)}, {}, "of no form that is known"),
         (linear("kv.k_v_encoder.{}", "v_decoder.{}"), {}, "of no form that is known"),
         (linear("v_encoder.{}", "v_other.{}"), {}, "of no form that is known"),
         (linear("v_encoder.{}", "v_encoder.decoder.{}"), {}, "of no form that is known"),
