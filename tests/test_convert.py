@@ -338,6 +338,7 @@ def test_every_expected_problem_is_one_line_and_code_2(
         ((sampling, "-o", out, "--quant", "f16"), "sampling: cannot be run: generation: top_p must be"),
         ((small, "-o", out, "--quant", "f16"), "tokenizer.json: has ids up to 511, but"),
         ((folder, "-o", "", "--quant", "f16"), "is a folder"),
+        ((folder, "-o", out, "--quant", "f16", "--report", folder / "x" / "y.json"), "no such folder for the report"),
         ((folder, "-o", "/dev/null", "--quant", "f16", "--overwrite"), "is a device or a pipe"),
         ((folder, "-o", folder / "x" / "y.trit", "--quant", "f16"), "no such folder"),
     ]

@@ -74,6 +74,8 @@ def _main(argv: list[str]) -> int:
         parser.error("the following arguments are required: -o/--out")
     if (args.bpw is None) == (args.quant == [MIXED]):
         parser.error(f"--quant {MIXED} goes with --bpw, and nothing else does")
+    if args.report is not None and not Path(args.report).absolute().parent.is_dir():
+        raise UserError(f"{args.report}: no such folder for the report")
     started = time.perf_counter()
     source = open_source(args.source, args.kv_map)
     check_runs(source)
