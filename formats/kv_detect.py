@@ -119,6 +119,8 @@ def _guessed(path: str | os.PathLike[str], shapes: Shapes, width: int) -> dict[t
             if None not in _side_and_role(name):  # the modules may lie in a place of their own
                 unsure.append(name)
             continue
+        if match[2].startswith("mlp."):  # experts have an "up" and a "down", too
+            continue
         side, role = _side_and_role(match[2])
         if side is not None and role is not None:
             candidates.setdefault((int(match[1]), side, role), []).append(name)

@@ -92,7 +92,8 @@ def test_gelu_modules_are_found(stated: dict[str, Any], rope: str, activation: s
 
 
 def test_no_modules_are_no_error() -> None:
-    assert find({}).modules == [] and find({"model.extra.weight": (3, 3)}).modules == []
+    for others in ({}, {"model.extra.weight": (3, 3)}, {"model.layers.0.mlp.experts.1.up_proj.weight": (3, 3)}):
+        assert find(others).modules == []
 
 
 # ---- refusals ---------------------------------------------------------------------------------------------
