@@ -6,9 +6,16 @@
 #include "table.h"
 #include "words.h"
 
-enum { UNIT_BITS = 32, SPINS = 50000 };  // about a millisecond of waiting before a worker sleeps
+enum { UNIT_BITS = 32 };
+// Some 50 microseconds of waiting before others may have the core; then about a millisecond before a worker sleeps.
+enum { SPINS = 2000, YIELDS = 2000 };
 
 typedef _Atomic uint64_t word;
+
+static void run_unit(uint64_t task, uint64_t arguments, uint64_t unit) {
+    int64_t spare[2];
+    ((kernel *)(intptr_t)task)(spare, spare + 1, (intptr_t)arguments, (intptr_t)unit);
+}
 
 static void pause_core(void) {
 #if defined(__x86_64__) || defined(__i386__)
@@ -16,6 +23,14 @@ static void pause_core(void) {
 #elif defined(__aarch64__)
     __asm__ volatile("yield");
 #endif
+}
+
+// Let a moment pass. After some rounds the core is offered to others: what is waited for may need it.
+static void wait_a_moment(word *state, int rounds) {
+    if (rounds < SPINS)
+        pause_core();
+    else
+        ((int32_t (*)(void))(intptr_t)atomic_load(&state[YIELD]))();
 }
 
 // Claim and run some units of the current job. False when none is left.
@@ -30,9 +45,7 @@ static bool work(word *state) {
     if (first >= units) return false;
     uint64_t count = (units - first + shares - 1) / shares;
     if (atomic_compare_exchange_strong(&state[CLAIM], &claim, claim + count)) {
-        int64_t spare[2];
-        kernel *run = (kernel *)(intptr_t)task;
-        for (uint64_t unit = first; unit < first + count; unit++) run(spare, spare + 1, (intptr_t)arguments, (intptr_t)unit);
+        for (uint64_t unit = first; unit < first + count; unit++) run_unit(task, arguments, unit);
         atomic_fetch_add(&state[DONE], count);
     }
     return true;
@@ -40,15 +53,20 @@ static bool work(word *state) {
 
 // Run one job to its end. No worker looks at it before the claim word changes: UNITS is 0 between jobs.
 static void run_job(word *state, const int64_t *job) {
+    uint64_t task = (uint64_t)job[JOB_TASK], arguments = (uint64_t)job[JOB_ARGUMENTS];
     uint64_t units = (uint64_t)job[JOB_UNITS];
-    atomic_store(&state[TASK], (uint64_t)job[JOB_TASK]);
-    atomic_store(&state[ARGUMENTS], (uint64_t)job[JOB_ARGUMENTS]);
+    if (units == 1) {
+        run_unit(task, arguments, 0);
+        return;
+    }
+    atomic_store(&state[TASK], task);
+    atomic_store(&state[ARGUMENTS], arguments);
     atomic_store(&state[DONE], 0);
     uint64_t number = (atomic_load(&state[CLAIM]) >> UNIT_BITS) + 1;
     atomic_store(&state[CLAIM], number << UNIT_BITS);
     atomic_store(&state[UNITS], units);
     while (work(state)) continue;
-    while (atomic_load(&state[DONE]) < units) pause_core();
+    for (int rounds = 0; atomic_load(&state[DONE]) < units; rounds += rounds < SPINS) wait_a_moment(state, rounds);
     atomic_store(&state[UNITS], 0);
 }
 
@@ -66,13 +84,11 @@ int32_t serve(void *result, void *error, intptr_t base, intptr_t unit) {
     (void)result, (void)error, (void)unit;
     word *state = (word *)base;
     atomic_fetch_add(&state[STARTED], 1);
-    for (int idle = 0; idle < SPINS && atomic_load(&state[STOP]) == 0;) {
-        if (work(state)) {
+    for (int idle = 0; idle < SPINS + YIELDS && atomic_load(&state[STOP]) == 0;) {
+        if (work(state))
             idle = 0;
-        } else {
-            idle++;
-            pause_core();
-        }
+        else
+            wait_a_moment(state, idle++);
     }
     atomic_fetch_add(&state[PARKED], 1);
     return 0;

@@ -13,7 +13,7 @@ enum { NORM_X, NORM_GAIN, NORM_OUT, NORM_DIM, NORM_EPS, NORM_WORDS };
 enum { GLU_GATE, GLU_UP, GLU_DIM, GLU_WORDS };
 
 // The pool's shared state, one cache line apart so that the threads do not fight over them.
-enum { CLAIM = 0, DONE = 8, STARTED = 16, PARKED = 17, STOP = 24, THREADS = 25 };
+enum { CLAIM = 0, DONE = 8, STARTED = 16, PARKED = 17, STOP = 24, THREADS = 25, YIELD = 26 };
 enum { TASK = 32, ARGUMENTS = 33, UNITS = 34, STATE_WORDS = 40 };
 // A list of jobs: their number, then these words for each.
 enum { JOB_TASK, JOB_ARGUMENTS, JOB_UNITS, JOB_WORDS };

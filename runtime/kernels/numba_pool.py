@@ -12,10 +12,11 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .words import ARGUMENTS, CLAIM, DONE, PARKED, STARTED, STOP, TASK, THREADS, UNITS
+from .words import ARGUMENTS, CLAIM, DONE, PARKED, STARTED, STOP, TASK, THREADS, UNITS, YIELD
 
 _UNIT_BITS = 32
-_SPINS = 50_000  # about a millisecond of waiting before a worker sleeps
+_SPINS = 2_000  # some 50 microseconds of waiting before others may have the core
+_YIELDS = 2_000  # about a millisecond on an idle machine, before a worker sleeps
 
 _I64 = ir.IntType(64)
 
@@ -84,6 +85,24 @@ def _pause(_ctx: Any) -> Any:
     return types.void(), codegen
 
 
+@intrinsic
+def _call(_ctx: Any, function: Any) -> Any:
+    def codegen(context: Any, b: ir.IRBuilder, _sig: Any, args: Any) -> ir.Value:
+        b.call(b.inttoptr(args[0], ir.FunctionType(ir.IntType(32), []).as_pointer()), [])
+        return context.get_dummy_value()
+
+    return types.void(types.intp), codegen
+
+
+@njit(forceinline=True)
+def _wait(state: int, rounds: int) -> None:
+    """Let a moment pass. After some rounds the core is offered to others: what is waited for may need it."""
+    if rounds < _SPINS:
+        _pause()
+    else:
+        _call(_atomic_load(state, YIELD))
+
+
 @njit(forceinline=True)
 def _work(state: int) -> bool:
     """Claim and run some units of the current job. False when none is left.
@@ -108,6 +127,9 @@ def _work(state: int) -> bool:
 @njit(forceinline=True)
 def _run_job(state: int, task: int, arguments: int, units: int) -> None:
     """Run one job to its end. No worker looks at it before the claim word changes: UNITS is 0 between jobs."""
+    if units == 1:
+        _call_task(task, arguments, 0)
+        return
     _atomic_store(state, TASK, task)
     _atomic_store(state, ARGUMENTS, arguments)
     _atomic_store(state, DONE, 0)
@@ -116,8 +138,10 @@ def _run_job(state: int, task: int, arguments: int, units: int) -> None:
     _atomic_store(state, UNITS, units)
     while _work(state):
         pass
+    rounds = 0
     while _atomic_load(state, DONE) < units:
-        _pause()
+        _wait(state, rounds)
+        rounds += 1
     _atomic_store(state, UNITS, 0)
 
 
@@ -138,10 +162,10 @@ def serve(state: int, _unit: int) -> None:
     """A worker's life between two sleeps."""
     _atomic_add(state, STARTED, 1)
     idle = 0
-    while idle < _SPINS and _atomic_load(state, STOP) == 0:
+    while idle < _SPINS + _YIELDS and _atomic_load(state, STOP) == 0:
         if _work(state):
             idle = 0
         else:
+            _wait(state, idle)
             idle += 1
-            _pause()
     _atomic_add(state, PARKED, 1)

@@ -2,27 +2,32 @@
 
 A job runs units 0 .. n-1 of one kernel. The calling thread and the workers claim units from one atomic counter, so a
 job ends even if no worker is awake, and which thread ran a unit never matters to the result. Workers spin for a
-moment after each job, because the next one of the same token follows within microseconds, then sleep on a lock.
+moment after each job, because the next one of the same token follows within microseconds; then they let others have
+the core, and in the end they sleep on a lock.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
 
+from ..fair_lock import FairLock
 from .memory import address
 from .program import Program
-from .words import JOB_WORDS, PARKED, STARTED, STATE_WORDS, STOP, THREADS
+from .words import JOB_WORDS, PARKED, STARTED, STATE_WORDS, STOP, THREADS, YIELD
 
 # A kernel as ctypes calls it (the GIL is released): places for Numba's result and error, then two integers.
 _KERNEL = ctypes.CFUNCTYPE(ctypes.c_int32, *[ctypes.c_ssize_t] * 4)
-_PATIENCE = 50  # looks, 20 microseconds apart, at whether the workers have woken
+_PATIENCE = 1e-3  # seconds that a short job waits for workers to wake
 
 
 def usable_cores() -> int:
@@ -37,6 +42,29 @@ def usable_cores() -> int:
     return cores
 
 
+@cache
+def _yield() -> int:
+    """The address of the system's function that lets other threads have the core."""
+    if sys.platform == "win32":
+        function = ctypes.windll.kernel32.SwitchToThread
+    else:
+        function = ctypes.CDLL(None).sched_yield
+    return int(ctypes.cast(function, ctypes.c_void_p).value or 0)
+
+
+def _live(serve: Callable[..., int], state: np.ndarray, bell: threading.Semaphore) -> None:
+    """A worker's life. It does not hold the pool, which may be forgotten without having been closed."""
+    spare, base = np.zeros(2, np.int64), address(state)
+    while not state[STOP]:
+        serve(address(spare), address(spare) + 8, base, 0)
+        bell.acquire()
+
+
+def _dismiss(state: np.ndarray, bell: threading.Semaphore, workers: list[threading.Thread]) -> None:
+    state[STOP] = 1
+    bell.release(len(workers) + 1)
+
+
 class Pool:
     """`n_threads` threads, the caller's included. Jobs of several callers queue; a fork starts its own workers."""
 
@@ -45,7 +73,7 @@ class Pool:
         if n_threads < 1:
             raise ValueError(f"n_threads is {n_threads}; it must be 1 or more")
         self.n_threads = n_threads
-        self._lock = threading.Lock()
+        self._lock = FairLock()
         self._recording: Program | None = None
         self._one = np.ones(1 + JOB_WORDS, np.int64)  # a list of one job
         self._serve = _KERNEL(resolve("numba_pool", "serve"))
@@ -54,27 +82,14 @@ class Pool:
 
     def _reset(self) -> None:
         self._state = np.zeros(STATE_WORDS, np.int64)
-        self._state[THREADS] = self.n_threads
-        self._base = self._state.ctypes.data
+        self._state[THREADS], self._state[YIELD] = self.n_threads, _yield()
+        self._base = address(self._state)
         self._spare = self._base + (STATE_WORDS - 2) * 8
         self._bell = threading.Semaphore(0)
         self._workers: list[threading.Thread] = []
+        self._called = 0  # times that workers were asked to come
+        self._dismiss = weakref.finalize(self, _dismiss, self._state, self._bell, self._workers)
         self._pid = os.getpid()
-
-    def _start(self) -> None:
-        for i in range(self.n_threads - 1):
-            worker = threading.Thread(target=self._live, name=f"trit-worker-{i}", daemon=True)
-            self._workers.append(worker)
-            worker.start()
-
-    def _live(self) -> None:
-        state, bell = self._state, self._bell
-        while True:
-            spare = (ctypes.c_int64 * 2)()
-            self._serve(ctypes.addressof(spare), ctypes.addressof(spare) + 8, self._base, 0)
-            bell.acquire()
-            if state[STOP]:
-                return
 
     def run(self, task: int, words: np.ndarray, units: int, *keep: Any) -> None:
         """Run units 0 .. units-1 of a kernel and return when all are done.
@@ -85,7 +100,9 @@ class Pool:
             self._recording.add(task, words, units, keep)
         with self._lock:
             self._one[1:] = task, address(words), units
-            self._submit(self._one, parallel=units > 1)
+            if units > 1 and self._gather():
+                self._wait()
+            self._submit(self._one)
 
     def call(self, function: Callable[[], object]) -> None:
         """Call a function that does in Python what no kernel does, between the jobs before and after it."""
@@ -96,7 +113,8 @@ class Pool:
     def run_jobs(self, jobs: np.ndarray) -> None:
         """Run a list of jobs (words.py), one after another."""
         with self._lock:
-            self._submit(jobs, parallel=True)
+            self._gather()
+            self._submit(jobs)
 
     def record(self, work: Callable[[], object]) -> Program:
         """Do some work and return it as a program: the jobs and calls that the pool was asked for meanwhile."""
@@ -108,34 +126,38 @@ class Pool:
         program.finish()
         return program
 
-    def _submit(self, jobs: np.ndarray, parallel: bool) -> None:
-        if self._pid != os.getpid():
-            self._reset()
-        if parallel and self.n_threads > 1:
-            if not self._workers:
-                self._start()
-            asleep = len(self._workers) - self._awake()
-            if asleep:
-                self._wake(asleep)
+    def _submit(self, jobs: np.ndarray) -> None:
         self._run_jobs(self._spare, self._spare + 8, self._base, address(jobs))
 
-    def _awake(self) -> int:
-        return int(self._state[STARTED] - self._state[PARKED])
+    def _gather(self) -> bool:
+        """Call the workers that are asleep. Returns whether there were any."""
+        if self._pid != os.getpid():
+            self._reset()
+        asleep = self.n_threads - 1 - (self._called - int(self._state[PARKED]))
+        if asleep <= 0:
+            return False
+        self._called += asleep
+        if self._workers:
+            self._bell.release(asleep)
+        for i in range(len(self._workers), self.n_threads - 1):
+            worker = threading.Thread(
+                target=_live, args=(self._serve, self._state, self._bell), name=f"trit-worker-{i}", daemon=True
+            )
+            self._workers.append(worker)
+            worker.start()
+        return True
 
-    def _wake(self, asleep: int) -> None:
-        """Rouse the workers that sleep, and let go of the GIL until they run: jobs are too short for them to get it."""
-        self._bell.release(asleep)
-        for _ in range(_PATIENCE):
+    def _wait(self) -> None:
+        """Let go of the GIL until the workers run: a short job would be over before they get it."""
+        patience = time.perf_counter() + _PATIENCE
+        while self._state[STARTED] < self._called and time.perf_counter() < patience:
             time.sleep(2e-5)
-            if self._awake() == len(self._workers):
-                break
 
     def close(self) -> None:
         """End the workers. The pool can be used again; it then starts new ones."""
         with self._lock:
-            if self._workers and self._pid == os.getpid():
-                self._state[STOP] = 1
-                self._bell.release(len(self._workers))
+            self._dismiss()
+            if self._pid == os.getpid():
                 for worker in self._workers:
                     worker.join()
             self._reset()

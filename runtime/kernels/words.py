@@ -36,7 +36,7 @@ LENGTH, SINKS = range(2)
 
 # The pool's shared state (numba_pool.py), one cache line apart so that the threads do not fight over them.
 CLAIM, DONE, STARTED, PARKED = 0, 8, 16, 17
-STOP, THREADS, TASK, ARGUMENTS, UNITS, STATE_WORDS = 24, 25, 32, 33, 34, 40
+STOP, THREADS, YIELD, TASK, ARGUMENTS, UNITS, STATE_WORDS = 24, 25, 26, 32, 33, 34, 40
 # A list of jobs: their number, then these words for each.
 JOB_TASK, JOB_ARGUMENTS, JOB_UNITS, JOB_WORDS = range(4)
 
