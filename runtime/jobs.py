@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from numbers import Integral
 from typing import Any
 
 from .chat_pieces import Message
@@ -82,7 +83,7 @@ def prompts_of(value: Any, name: str) -> list[str | Sequence[int]]:
     if isinstance(value, str):
         return [value]
     items = list(value) if isinstance(value, (list, tuple)) else []
-    if items and all(isinstance(item, int) for item in items):
+    if items and all(isinstance(item, Integral) and not isinstance(item, bool) for item in items):
         return [items]
     if not items or not all(isinstance(item, (str, list, tuple)) for item in items):
         raise OptionError(f"{name} must be a text, a list of token ids, or a list of several of these")

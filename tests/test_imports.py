@@ -20,8 +20,10 @@ MAY_IMPORT = {
 }
 NATIVE_USER = "runtime/kernels/native_lib.py"
 NUMBA_HOME = "runtime/kernels/"
-PRINTERS = {"runtime/warmup.py", "runtime/chat.py", "runtime/cli.py", "runtime/__main__.py"}
-SLOW_TO_IMPORT = ("numba", "sentencepiece", "tiktoken", "gguf", "safetensors", "jinja2", "tokenizers", "cffi")
+PRINTERS = {"runtime/warmup.py", "runtime/server/__main__.py", "runtime/chat.py", "runtime/cli.py",}
+SLOW_TO_IMPORT = (
+    "numba", "sentencepiece", "tiktoken", "gguf", "safetensors", "jinja2", "tokenizers", "cffi", "llguidance",
+)  # fmt: skip
 
 
 def sources(folder: str) -> list[Path]:
@@ -62,6 +64,13 @@ def test_torch_and_transformers_are_never_needed() -> None:
     for folder in [*MAY_IMPORT, "tests"]:
         for path in sources(folder):
             assert not {m.split(".")[0] for m in imported(path)} & {"torch", "transformers", "bitsandbytes"}
+
+
+def test_what_only_a_server_needs_stays_there() -> None:
+    for folder in MAY_IMPORT:
+        for path in sources(folder):
+            uses = {m.split(".")[0] for m in imported(path)} & {"starlette", "uvicorn", "prometheus_client"}
+            assert not uses or name_of(path).startswith("runtime/server/"), f"{name_of(path)} imports {uses}"
 
 
 def test_libraries_do_not_print() -> None:

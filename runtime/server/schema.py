@@ -105,7 +105,7 @@ def chat(llm: Llama, names: list[str], body: Mapping[str, Any], cancel: Signal) 
         found["max_tokens"] = found.pop("max_completion_tokens")
     stream, usage, choices = _take_own(found, names)
     messages = found.pop("messages")
-    jobs = [chat_job(llm, messages, **_nth(found, i), cancel=cancel) for i in range(choices)]
+    jobs = [chat_job(llm, messages, **_nth(llm, found, i), cancel=cancel) for i in range(choices)]
     return Asked(jobs, choices, stream, usage)
 
 
@@ -117,7 +117,9 @@ def completion(llm: Llama, names: list[str], body: Mapping[str, Any], cancel: Si
     if len(prompts) * choices > MOST_PROMPTS:
         raise ApiError(400, f"at most {MOST_PROMPTS} answers are given to one request", "prompt")
     jobs = [
-        completion_job(llm, prompt, **_nth(found, i), cancel=cancel) for prompt in prompts for i in range(choices)
+        completion_job(llm, prompt, **_nth(llm, found, i), cancel=cancel)
+        for prompt in prompts
+        for i in range(choices)
     ]
     return Asked(jobs, choices, stream, usage)
 
@@ -150,7 +152,7 @@ def _take_own(found: dict[str, Any], names: list[str]) -> tuple[bool, bool, int]
     return stream, bool(options and options.get("include_usage")), choices
 
 
-def _nth(options: Mapping[str, Any], i: int) -> dict[str, Any]:
+def _nth(llm: Llama, options: Mapping[str, Any], i: int) -> dict[str, Any]:
     """The options of choice i: each has a seed of its own, or all would be the same."""
-    seed = options.get("seed", -1)
-    return {**options, "seed": seed if seed == -1 else (seed + i) % 2**32}
+    seed = options.get("seed", llm.seed)
+    return dict(options) if seed in (None, -1) else {**options, "seed": (seed + i) % 2**32}
