@@ -27,7 +27,7 @@ Ids = npt.NDArray[np.int64]
 Processor = Callable[[Sequence[int], Floats], Floats]
 
 LARGEST_BIAS = 1e6
-FIRST_GUESS = 256  # candidates tried first for top-p over the whole vocabulary
+REACHES = (8.0, 12.0, 16.0, math.inf)  # how far below the best logit top-p looks for candidates, as far as needed
 
 
 class OptionError(ValueError):
@@ -151,17 +151,19 @@ class Sampler:
             ids = _largest(logits, options.top_k)
             values = logits[ids].astype(np.float64)
             return ids, values, _log_sum_exp(values)
-        everything = logits.astype(np.float64)
-        log_total = _log_sum_exp(everything)
+        log_total, best = _log_sum_exp(logits), float(logits.max())
+        # What min-p is certain to cut need not be looked at; its exact cut follows.
+        lowest = best + math.log(options.min_p) - 1e-3 if options.min_p > 0 else -math.inf
         if options.top_p == 1:
-            return np.arange(len(logits)), everything, log_total
-        count = FIRST_GUESS
-        while True:
-            ids = _largest(logits, min(count, len(logits)))
-            values = everything[ids]
-            if count >= len(logits) or np.exp(values - log_total).sum() >= options.top_p:
-                return ids, values, log_total
-            count *= 8
+            ids = np.flatnonzero(logits >= lowest)
+            return ids, logits[ids].astype(np.float64), log_total
+        for reach in REACHES:
+            ids = np.flatnonzero(logits >= max(lowest, best - reach))
+            if best - reach <= lowest or np.exp(logits[ids] - log_total).sum() > options.top_p:
+                break
+        values = logits[ids].astype(np.float64)
+        order = np.argsort(-values, kind="stable")
+        return ids[order], values[order], log_total
 
 
 def process(logits: Floats, ids: Sequence[int], processors: Sequence[Processor]) -> Floats:
@@ -223,9 +225,9 @@ def _largest(logits: Floats, count: int) -> Ids:
     return ids[np.lexsort((ids, -logits[ids]))]
 
 
-def _log_sum_exp(values: Doubles) -> float:
-    best = float(values.max())
-    return best + math.log(float(np.exp(values - best).sum()))
+def _log_sum_exp(values: Floats | Doubles) -> float:
+    best = values.max()
+    return float(best) + math.log(float(np.exp(values - best).sum(dtype=np.float64)))
 
 
 def _check_number(name: str, value: Any, low: float, high: float = math.inf) -> None:
