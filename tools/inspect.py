@@ -13,9 +13,12 @@ from typing import Any
 from formats import open_trit
 from formats.container import TritFile
 from formats.kv_modules import KVModule, describe_modules, read_kv_modules
+from runtime.budget import BY_QUALITY
+from runtime.budget import plans as plan_memory
 from runtime.chat_format import recognise
 from runtime.cli import ArgumentParser, UserError, one_line, run
 from runtime.config import ModelConfig
+from runtime.options import DEFAULT_N_BATCH
 from runtime.progress import Bar
 from runtime.sizes import kv_bytes_per_token, weight_bytes
 
@@ -45,15 +48,19 @@ def codec_totals(file: TritFile) -> dict[str, dict[str, Any]]:
     return totals
 
 
-def memory(file: TritFile) -> dict[str, int]:
-    """Tell what running the model takes, in bytes; the KV figures are those of the codec f16."""
+def memory(file: TritFile) -> dict[str, Any]:
+    """Tell what running the model takes, in bytes, with f16 and, under "kv", each codec of the cache."""
     config = ModelConfig.from_dict(file.config, file.path)
-    weights = weight_bytes(file)
-    per_token = kv_bytes_per_token(config, modules=read_kv_modules(file))
-    full = per_token * config.max_seq_len
+    modules, length = read_kv_modules(file), config.max_seq_len
+    plans = plan_memory(file, config, length, DEFAULT_N_BATCH, BY_QUALITY, modules)
+    kv = {
+        codec: {"bytes_per_token": kv_bytes_per_token(config, codec, modules), "total_full_context": memory.total}
+        for codec, memory in plans.items()
+    }
+    weights, per_token = weight_bytes(file), kv["f16"]["bytes_per_token"]
     return {
-        "weights": weights, "kv_bytes_per_token": per_token, "kv_full_context": full,
-        "total_full_context": weights + full,
+        "weights": weights, "scratch": plans["f16"].scratch, "kv_bytes_per_token": per_token,
+        "kv_full_context": per_token * length, "total_full_context": weights + per_token * length, "kv": kv,
     }  # fmt: skip
 
 
@@ -172,10 +179,13 @@ def show(found: dict[str, Any], rows: Sequence[tuple[str, int, str, str, int]]) 
     lines: list[Sequence[object]] = [("tensor", "count", "codec", "shape", "bytes")]
     lines += [(name, count, codec, shape, size(n)) for name, count, codec, shape, n in rows]
     print("\n".join(table(lines, (1, 4))), end="\n\n")
-    m, ctx = found["memory"], found["config"]["max_seq_len"]
-    print(fact("memory", f"weights {size(m['weights'])}, KV (f16) {size(m['kv_bytes_per_token'])} per token, "
-                         f"{size(m['kv_full_context'])} for {ctx} tokens, "
-                         f"together {size(m['total_full_context'])}"))  # fmt: skip
+    memory, length = found["memory"], found["config"]["max_seq_len"]
+    print(fact("memory", f"weights {size(memory['weights'])}, scratch {size(memory['scratch'])}; with a cache:"))
+    caches: list[Sequence[object]] = [("codec", "a token", f"{length} tokens", "all together")]
+    for codec, m in memory["kv"].items():
+        each, whole = m["bytes_per_token"], m["total_full_context"]
+        caches.append((codec, f"{each} B", size(each * length), size(whole)))
+    print("\n".join(table(caches, (1, 2, 3))))
 
 
 def verify(file: TritFile) -> None:

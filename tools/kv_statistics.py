@@ -1,0 +1,124 @@
+"""What a calibration text shows of keys and values: covariances, gathered in one pass, and nothing else of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from runtime.cache import KVRing
+from runtime.config import ModelConfig
+from runtime.model import Model
+
+Floats = npt.NDArray[np.float32]
+Progress = Callable[[int, int, str], None]
+
+SINKS = 4  # first tokens of a window: their keys and values are like no others, and stand for themselves
+
+
+class Moments:
+    """Count, sum and products of vectors of `width` numbers."""
+
+    def __init__(self, width: int) -> None:
+        self.count, self.sum = 0, np.zeros(width)
+        self.products = np.zeros((width, width))
+
+    def add(self, x: Floats) -> None:
+        """x: (n, width) float32"""
+        self.count += len(x)
+        self.sum += x.sum(axis=0, dtype=np.float64)
+        self.products += x.T @ x
+
+    @property
+    def mean(self) -> npt.NDArray[np.float64]:
+        return self.sum / self.count
+
+    @property
+    def second(self) -> npt.NDArray[np.float64]:
+        """(width, width) mean of the products"""
+        return self.products / self.count
+
+    @property
+    def covariance(self) -> npt.NDArray[np.float64]:
+        """(width, width)"""
+        return self.second - np.outer(self.mean, self.mean)
+
+
+@dataclass
+class LayerMoments:
+    """Of one layer. Numbers of all key-value heads stand side by side: width = n_kv_heads * head_dim.
+
+    keys: rotated for their positions; values: as attention averages them, one vector for each query head and token;
+    queries: of each key-value head, (head_dim) numbers, rotated
+    """
+
+    keys: Moments
+    values: Moments
+    queries: list[Moments]
+
+
+def collect(
+    model: Model, windows: Sequence[npt.NDArray[np.int64]], progress: Progress | None = None
+) -> list[LayerMoments]:
+    """Read windows of a text, each from a fresh context, and gather the moments of every layer.
+
+    progress: called with (windows done, windows, "")
+    """
+    config = model.config
+    width = config.n_kv_heads * config.head_dim
+    found = [
+        LayerMoments(Moments(width), Moments(width), [Moments(config.head_dim) for _ in range(config.n_kv_heads)])
+        for _ in model.layers
+    ]
+    size = len(windows[0])
+    ring = model.new_cache(size, n_batch=size, kv="f32")
+    with _watched(model, lambda q, layer: _add(found[layer], config, q, ring, layer)):
+        for done, window in enumerate(windows, 1):
+            ring.reset()
+            model.forward(window, ring, None)
+            if progress is not None:
+                progress(done, len(windows), "")
+    return found
+
+
+@contextmanager
+def _watched(model: Model, see: Callable[[Floats, int], None]) -> Iterator[None]:
+    """Have `see` called with the rotated queries and the layer before each attention."""
+    kernels: Any = model.kernels
+    attention = kernels.attention
+
+    def watch(q: Floats, q_sink: Floats, ring: KVRing, layer: int, *rest: Any) -> None:
+        see(q, layer)
+        attention(q, q_sink, ring, layer, *rest)
+
+    kernels.attention = watch
+    try:
+        yield
+    finally:
+        kernels.attention = attention
+
+
+def _add(moments: LayerMoments, config: ModelConfig, q: Floats, ring: KVRing, layer: int) -> None:
+    """Take in one window. q: (n, n_heads * head_dim) float32, of a ring that holds these n tokens alone"""
+    n, heads, head_dim = len(q), config.n_kv_heads, config.head_dim
+    slots = ring.slot(np.arange(n))
+    keys, values = ring.layers[layer].keys.read(slots), ring.layers[layer].values.read(slots)
+    queries = q.reshape(n, heads, -1, head_dim).transpose(1, 2, 0, 3)
+    together = values.transpose(1, 0, 2).reshape(n, -1)
+    for head, moment in enumerate(moments.queries):
+        moment.add(queries[head, :, SINKS:].reshape(-1, head_dim))
+        for one in queries[head]:
+            moments.values.add(_weights(one, keys[head])[SINKS:] @ together)
+    moments.keys.add(keys.transpose(1, 0, 2).reshape(n, -1)[SINKS:])
+
+
+def _weights(q: Floats, keys: Floats) -> Floats:
+    """Causal attention of one head. q, keys: (n, head_dim) float32; returns (n, n)"""
+    scores = q @ keys.T / np.float32(np.sqrt(q.shape[1]))
+    scores[np.triu_indices(len(q), 1)] = -np.inf
+    scores = np.exp(scores - scores.max(axis=1, keepdims=True))
+    return np.asarray(scores / scores.sum(axis=1, keepdims=True), np.float32)

@@ -1,0 +1,98 @@
+"""Trying learned projections on a loaded model, without writing a file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from formats.codecs import CODECS
+from formats.container import Tensor
+from formats.kv_modules import KVModule
+from runtime.evaluate import log_softmax
+from runtime.model import Model
+from runtime.projections import Projections
+
+Floats = npt.NDArray[np.float32]
+Ids = npt.NDArray[np.int64]
+Packed = tuple[tuple[int, ...], Mapping[str, Any], Mapping[str, np.ndarray]]  # shape, params, parts: for a writer
+CODEC = "f16"  # of the modules' tensors
+
+
+@dataclass(frozen=True, eq=False)
+class Learned:
+    """A module and the values of its tensors, by the last part of their names."""
+
+    module: KVModule
+    values: Mapping[str, Floats]
+
+    def tensors(self) -> dict[str, Packed]:
+        """By their names."""
+        found: dict[str, Packed] = {}
+        for name, values in self.values.items():
+            params, parts = CODECS[CODEC].quantize(values)
+            found[f"{self.module.prefix}.{name}"] = (values.shape, params, parts)
+        return found
+
+
+def install(model: Model, learned: Sequence[Learned]) -> None:
+    """Have the model compress keys and values with these modules, and no others. Its earlier contexts are void."""
+    tensors = dict(model.file.tensors)
+    for one in learned:
+        for name, (shape, params, parts) in one.tensors().items():
+            tensors[name] = Tensor(name, CODEC, shape, params, parts, 0, 0, 0, model.file.path)
+    file: Any = SimpleNamespace(tensors=tensors, config=model.file.config, path=model.file.path)
+    model.modules = tuple(one.module for one in sorted(learned, key=lambda one: (one.module.layer, one.module.side)))
+    for i, layer in enumerate(model.layers):
+        own = [module for module in model.modules if module.layer == i]
+        layer.projections = Projections(own, file, model.kernels) if own else None
+
+
+class Judge:
+    """Compares a model with what it was before: on windows of a text, the second half of each.
+
+    The first windows' predictions are kept, to measure divergence; of the others only the losses are.
+    """
+
+    def __init__(self, model: Model, windows: Sequence[Ids], kept: int, kv: str) -> None:
+        self._model, self._windows, self._kv = model, windows, kv
+        self._half = len(windows[0]) // 2
+        install(model, [])
+        self._base = [log_softmax(self._logits(window)).astype(np.float32) for window in windows[:kept]]
+        self._loss = self._mean_loss(None)
+
+    def divergence(self, learned: Sequence[Learned]) -> float:
+        """Mean KL divergence of the predictions with these modules from those without."""
+        install(self._model, learned)
+        found = []
+        for window, base in zip(self._windows, self._base, strict=False):
+            mine = log_softmax(self._logits(window))
+            found.append(float((np.exp(base, dtype=np.float64) * (base - mine)).sum(axis=1).mean()))
+        return float(np.mean(found))
+
+    def increase(self, learned: Sequence[Learned], progress: Callable[[int, int, str], None] | None = None) -> float:
+        """By how much these modules raise the perplexity of all windows: 0.03 is 3 %."""
+        install(self._model, learned)
+        return math.exp(self._mean_loss(progress) - self._loss) - 1
+
+    def _mean_loss(self, progress: Callable[[int, int, str], None] | None) -> float:
+        losses = []
+        for done, window in enumerate(self._windows, 1):
+            scores = log_softmax(self._logits(window))
+            losses.append(-scores[np.arange(len(scores)), window[self._half + 1 :]].mean())
+            if progress is not None:
+                progress(done, len(self._windows), "")
+        return float(np.mean(losses))
+
+    def _logits(self, window: Ids) -> Floats:
+        """Scores of what follows each token of the second half but the last: (n, vocab_size) float32"""
+        cache = self._model.new_cache(len(window), n_batch=len(window), kv=self._kv)
+        self._model.forward(window[: self._half], cache, None)
+        logits = self._model.forward(window[self._half : -1], cache, "all")
+        assert logits is not None
+        return logits
