@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 import threading
@@ -128,7 +127,8 @@ class Engine:
         Each is closed for itself; the model goes with the last of them.
         """
         self._check_open()
-        other = copy.copy(self)
+        other = object.__new__(type(self))  # copy.copy would open the model again, as unpickling does
+        other.__dict__.update(self.__dict__)
         other._open_session()
         return other
 
