@@ -28,7 +28,8 @@ def answer(llm: Any, prompt: str, **options: Any) -> str:
 
 def forever(llm: Any) -> Any:
     """A stream that does not end by itself, after its first chunk."""
-    stream = llm.create_completion("x", max_tokens=-1, stream=True, logit_bias=dict.fromkeys(llm.tokenizer.eos_ids, -1e6))
+    never_end = dict.fromkeys(llm.tokenizer.eos_ids, -1e6)
+    stream = llm.create_completion("x", max_tokens=-1, stream=True, logit_bias=never_end)
     next(stream)
     return stream
 
