@@ -15,10 +15,13 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from runtime.cache import KVRing
 from runtime.model import Model
+from runtime.rope import angles, frequencies
 
 READ_BYTES = 1 << 29  # for each thread, up to four: far more than caches hold
 READ_REPEATS = 5
+FILL = 256  # tokens of noise that are made; they are repeated
 
 
 @dataclass(frozen=True)
@@ -79,19 +82,39 @@ class Subject(Protocol):
 
 
 class Ours:
-    """A model of this runtime as a subject, with `depth` tokens in a context that has room for n more."""
+    """A model of this runtime as a subject, with `depth` tokens in a context that has room for n more.
+
+    Their keys and values are noise: speed does not depend on them, and reading a long text would take long.
+    """
 
     def __init__(self, model: Model, n: int, depth: int) -> None:
         self._model, self._depth = model, depth
         self._cache = model.new_cache(max(2, depth + n))
         if depth:
-            model.forward(synthetic_ids(model, depth), self._cache, None)
+            fill(self._cache, depth)
 
     def read(self, ids: Sequence[int]) -> None:
         self._model.forward(ids, self._cache, "last")
 
     def rewind(self) -> None:
         self._cache.trim(self._depth)
+
+
+def fill(cache: KVRing, depth: int) -> None:
+    """Put `depth` tokens of noise into an empty ring that has room for them."""
+    rng, freqs = np.random.default_rng(0), frequencies(cache.config)
+    some = np.arange(min(FILL, depth))
+    for plane in cache.planes:
+        noise = rng.standard_normal((len(some), plane.heads * plane.width)).astype(np.float32)
+        plane.write(cache.slot(some), noise)
+        for array in plane.arrays:
+            for start in range(len(some), depth, len(some)):
+                stop = min(start + len(some), depth)
+                array[:, start:stop] = array[:, : stop - start]
+    for start in range(0, depth, FILL):
+        positions = np.arange(start, min(start + FILL, depth))
+        cache.note_turns(*angles(freqs, positions))
+        cache.advance(len(positions))
 
 
 def compare(subjects: Sequence[Subject], ids: Sequence[int], generate: bool, repeats: int) -> list[list[float]]:

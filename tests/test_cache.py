@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from formats.kv_modules import KVModule
+from runtime import benchmark
 from runtime.cache import KVRing
 from runtime.config import ModelConfig
 from runtime.errors import CacheError
@@ -262,3 +263,16 @@ def test_bytes_for_each_token() -> None:
         assert ring.nbytes == 10 * size
     learned = KVRing(config, 10, chunk=1, codec="q8", modules=[KVModule(0, "v", 256)])
     assert learned.nbytes == 10 * (1056 + 264)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_ring_filled_for_a_benchmark_is_like_any_other(kind: str) -> None:
+    ring = KVRing(CONFIG, 700, 8, 4, **KINDS[kind])
+    benchmark.fill(ring, 600)
+    assert ring.length == 600 and ring.oldest == 0
+    slots = ring.slot(np.arange(600))
+    for plane in ring.planes:
+        x = plane.read(slots)
+        assert np.array_equal(x[:, :88], x[:, 512:]) and 0.5 < x.std() < 1.5
+    if ring.turns.size:
+        assert np.array_equal(ring.turns[:, slots], np.stack(angles(frequencies(CONFIG), np.arange(600))))
