@@ -11,13 +11,23 @@ from typing import TYPE_CHECKING, Any
 from formats.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from .chat_pieces import ChatFormatError as ChatFormatError
     from .engine import BusyError as BusyError
+    from .errors import CacheError as CacheError
+    from .errors import LogitsError as LogitsError
     from .llama import Llama as Llama
+    from .sampler import OptionError as OptionError
     from .window import ContextOverflowError as ContextOverflowError
 
-_PLACES = {"Llama": "llama", "BusyError": "engine", "ContextOverflowError": "window"}
+_PLACES = {
+    "Llama": "llama", "BusyError": "engine", "CacheError": "errors", "ChatFormatError": "chat_pieces",
+    "ContextOverflowError": "window", "LogitsError": "errors", "OptionError": "sampler",
+}  # fmt: skip
 
-__all__ = ["BusyError", "ContextOverflowError", "Llama", "__version__"]
+__all__ = [
+    "BusyError", "CacheError", "ChatFormatError", "ContextOverflowError", "Llama", "LogitsError", "OptionError",
+    "__version__",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -24,8 +24,10 @@ from .options import (
     callables,
     check_arguments,
     check_bias,
+    check_ids,
     check_max_tokens,
     check_prompt,
+    check_signals,
     check_stop,
     defaults_of_file,
     ring_codec,
@@ -97,7 +99,7 @@ class Engine:
             "activations": activations, "n_batch": n_batch, "chat_format": chat_format, "jinja": jinja, "keep": keep,
             "force": force,
         }  # fmt: skip
-        self.path = Path(model_path)
+        self.path = Path(os.fsdecode(model_path))
         self.seed, self.keep = seed, keep
         self.model = Model.load(self.path, backend=backend, n_threads=n_threads, activations=activations)
         try:
@@ -134,13 +136,18 @@ class Engine:
 
     def tokenize(self, text: str, add_bos: bool = True, special: bool = False) -> list[int]:
         """Return the ids of a text. add_bos: a BOS where the model's tokenizer adds one; special: read
-        control tokens written in the text as such, where otherwise they are plain text."""
+        control tokens written in the text as such, where otherwise they are plain text. Raises OptionError."""
         self._check_open()
+        if not isinstance(text, str):
+            raise OptionError(f"only a text can be tokenized, got {type(text).__name__}")
         return self.tokenizer.encode(text, add_bos=add_bos and self.tokenizer.add_bos, special=special)
 
     def detokenize(self, ids: Sequence[int], special: bool = False) -> str:
-        """Return the text of ids. special: write control tokens out, where otherwise they are left out."""
+        """Return the text of ids. special: write control tokens out, where otherwise they are left out.
+
+        Raises OptionError for something else than ids."""
         self._check_open()
+        ids = check_ids(ids, "only a list of token ids can be detokenized").tolist()
         return self.tokenizer.decode(ids, special=special)
 
     def sampler(self, seed: int | None = None, **options: Any) -> Sampler:
@@ -197,6 +204,7 @@ class Engine:
         an answer may be as long as the context.
         """
         self._check_open()
+        check_signals(cancel, progress)
         sinks = min(sinks, self.n_ctx // 2) if self.keep is None else self.keep
         if max_tokens is not None:
             check_max_tokens(max_tokens)

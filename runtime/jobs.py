@@ -64,6 +64,8 @@ def chat_job(
     **options: Any,
 ) -> Job:
     """Prepare Llama.create_chat_completion."""
+    if not isinstance(logprobs, bool):
+        raise OptionError(f"logprobs must be True or False here, got {logprobs!r}; top_logprobs says how many")
     if top_logprobs is not None and not logprobs:
         raise OptionError("top_logprobs needs logprobs=True")
     collector = log_probs(top_logprobs or 0, "top_logprobs") if logprobs else None

@@ -19,6 +19,7 @@ from .options import check_prompt
 from .sampler import OptionError, Processor
 from .state import read_session, restore_session, session_parts, write_private
 from .stream import Stream
+from .window import check_length
 
 T = TypeVar("T")
 Answer = dict[str, Any] | Stream
@@ -181,8 +182,7 @@ class Llama(Engine):
         self._check_open()
         if pooling not in POOLINGS:
             raise OptionError(f"pooling must be {' or '.join(POOLINGS)}, got {pooling!r}")
-        ids = self.tokenize(prompt) if isinstance(prompt, str) else prompt
-        ids = check_prompt(ids, self.config.vocab_size, self.n_ctx)
+        ids = check_prompt(self._ids(prompt), self.config.vocab_size, self.n_ctx)
         with self._exclusive():
             cache = self.model.new_cache(max(2, len(ids)), n_batch=self._n_batch, kv=self._kv)
             states = self.model.forward(ids, cache, "states", cancel=cancel)
@@ -202,7 +202,7 @@ class Llama(Engine):
         cancel: Signal | None = None,
     ) -> dict[str, Any]:
         """Return OpenAI's list of embeddings, one for each text or list of ids. Raises what `embed` raises."""
-        prompts = [self.tokenize(item) if isinstance(item, str) else item for item in prompts_of(input, "input")]
+        prompts = [self._ids(item) for item in prompts_of(input, "input")]
         vectors = [self.embed(ids, pooling=pooling, normalize=normalize, cancel=cancel) for ids in prompts]
         data = [{"object": "embedding", "index": i, "embedding": v.tolist()} for i, v in enumerate(vectors)]
         count = sum(map(len, prompts))
@@ -242,6 +242,12 @@ class Llama(Engine):
             return self._load(stream, read)
 
     # ==== Private ====
+
+    def _ids(self, prompt: str | Sequence[int]) -> Sequence[int]:
+        if not isinstance(prompt, str):
+            return prompt
+        check_length(prompt, self.tokenizer, self.n_ctx)
+        return self.tokenize(prompt)
 
     def _load(self, stream: io.BufferedIOBase, read: Callable[[Any], T]) -> T:
         with self._exclusive():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -59,11 +59,22 @@ def check_max_tokens(max_tokens: Any) -> None:
 
 def check_stop(stop: Any) -> list[str]:
     """Return the stop strings as a list. Raises OptionError for anything but texts, or an empty one."""
-    stops = [stop] if isinstance(stop, str) else list(stop or ())
+    stops = [stop] if isinstance(stop, str) or not isinstance(stop, (Sequence, type(None))) else list(stop or ())
     for text in stops:
         if not isinstance(text, str) or not text:
             raise OptionError(f"stop must be one or more non-empty texts, got {text!r}")
     return stops
+
+
+def check_ids(ids: Any, wanted: str) -> np.ndarray:
+    """Return ids as (n,) integers. Raises OptionError with the text `wanted` for something else."""
+    try:
+        array = np.asarray(ids)
+    except ValueError:  # lists of different lengths
+        raise OptionError(wanted) from None
+    if array.size and (array.ndim != 1 or array.dtype.kind not in "iu"):
+        raise OptionError(wanted)
+    return array
 
 
 def check_prompt(ids: Any, vocab_size: int, n_ctx: int | None = None) -> list[int]:
@@ -71,14 +82,9 @@ def check_prompt(ids: Any, vocab_size: int, n_ctx: int | None = None) -> list[in
 
     Raises OptionError for something else than ids of the vocabulary, ContextOverflowError for too many.
     """
-    try:
-        array = np.asarray(ids)
-    except ValueError:  # lists of different lengths
-        array = np.zeros(1)
+    array = check_ids(ids, "a prompt must be a text or a list of token ids")
     if array.size == 0:
         raise OptionError("the prompt is empty; give it at least one token")
-    if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise OptionError("a prompt must be a text or a list of token ids")
     if array.min() < 0 or array.max() >= vocab_size:
         wrong = next(int(i) for i in array if not 0 <= i < vocab_size)
         raise OptionError(f"there is no token {wrong}; ids go from 0 to {vocab_size - 1}")
@@ -92,6 +98,14 @@ def check_bias(bias: Mapping[int, float], vocab_size: int) -> None:
     wrong = [token for token in bias if token >= vocab_size]
     if wrong:
         raise OptionError(f"logit_bias: there is no token {wrong[0]}; ids go from 0 to {vocab_size - 1}")
+
+
+def check_signals(cancel: Any, progress: Any) -> None:
+    """Raise OptionError unless these are what a run can look at and call, or None."""
+    if cancel is not None and not callable(getattr(cancel, "is_set", None)):
+        raise OptionError(f"cancel must be a threading.Event, got {cancel!r}")
+    if progress is not None and not callable(progress):
+        raise OptionError(f"progress must be a function of (done, total), got {progress!r}")
 
 
 def callables(value: Any, name: str) -> list[Callable[..., Any]]:

@@ -86,6 +86,24 @@ def test_bad_options(llm: Llama, options: dict[str, Any], text: str) -> None:
         llm.create_completion(**{"prompt": "x", **options})
 
 
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda llm: llm.tokenize(b"x"), "only a text can be tokenized, got bytes"),
+        (lambda llm: llm.detokenize("x"), "only a list of token ids can be detokenized"),
+        (lambda llm: llm.detokenize([1.5]), "only a list of token ids"),
+        (lambda llm: llm(None), "a text or a list of token ids, got NoneType"),
+        (lambda llm: llm("x", stop=5), "stop must be"),
+        (lambda llm: llm("x", cancel=True), "cancel must be a threading.Event"),
+        (lambda llm: llm("x", progress=5), "progress must be a function"),
+        (lambda llm: llm.create_chat_completion(MESSAGES, logprobs=3), "logprobs must be True or False here"),
+    ],
+)
+def test_misuse_is_explained(llm: Llama, call: Any, text: str) -> None:
+    with pytest.raises(OptionError, match=text):
+        call(llm)
+
+
 def test_unknown_options_are_type_errors(llm: Llama) -> None:
     with pytest.raises(TypeError, match="tfs_z"):
         llm.create_completion("x", tfs_z=1.0)  # type: ignore[call-arg]

@@ -11,6 +11,7 @@ from runtime.cli import UserError, run
 
 COMMANDS = {
     "chat": ("runtime.chat", "talk to a model"),
+    "server": ("runtime.server.__main__", "serve a model to OpenAI's clients and to a browser"),
     "convert": ("tools.convert", "make a .trit file from a checkpoint"),
     "export": ("tools.export", "make a Hugging Face folder from a .trit file"),
     "inspect": ("tools.inspect", "show or verify what is in a .trit file"),

@@ -9,6 +9,7 @@ from typing import Any
 from ..jobs import Job, chat_job, completion_job, prompts_of
 from ..llama import POOLINGS, Llama
 from ..model import Signal
+from ..window import POLICIES
 from .errors import ApiError
 from .fields import Check, anything, biases, flag, ids, inner, number, only, read, text, texts, whole
 
@@ -32,6 +33,7 @@ SAMPLING: dict[str, Check] = {
     "stop": texts(16, 1000),
     "max_tokens": whole(1, MOST_TOKENS),
     "response_format": anything,
+    "overflow": only(*POLICIES),
 }
 COMMON: dict[str, Check] = {
     "model": text(200),
