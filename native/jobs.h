@@ -31,8 +31,8 @@ INLINE float float_of_bits(uint32_t bits) {
 // One block of 80 inputs as int8 with one scale, and the sums of its groups of 16.
 INLINE void quantize_block(const float *x, int8_t *quants, int32_t *sums, float *scale) {
     vf top = v_abs(v_load(x));
-    for (int i = LANES; i < BLOCK; i += LANES) top = v_max(top, v_abs(v_load(x + i)));
-    float largest = largest_lane(top);
+    for (int i = LANES; i < BLOCK; i += LANES) top = v_larger(top, v_abs(v_load(x + i)));
+    float largest = largest_magnitude(top);
     float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
     *scale = largest / 127.0f;
     for (int g = 0; g < GROUPS; g++) {

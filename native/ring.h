@@ -73,8 +73,8 @@ INLINE vf quotient(vf x, float y) { return y > 0.0f ? x / y : v_splat(0.0f); }
 
 INLINE void encode_q8(const float *x, int64_t size, int8_t *codes, uint16_t *scale_at) {
     vf top = v_abs(v_load(x));
-    for (int64_t i = LANES; i < size; i += LANES) top = v_max(top, v_abs(v_load(x + i)));
-    float largest = largest_lane(top) / 127.0f, scale = round_f16(largest < LARGEST ? largest : LARGEST);
+    for (int64_t i = LANES; i < size; i += LANES) top = v_larger(top, v_abs(v_load(x + i)));
+    float largest = largest_magnitude(top) / 127.0f, scale = round_f16(largest > LARGEST ? LARGEST : largest);
     write_f16(scale_at, scale);
     for (int64_t i = 0; i < size; i += LANES) v_store_i8(codes + i, v_round(limited(quotient(v_load(x + i), scale), 127.0f)));
 }
@@ -90,7 +90,9 @@ INLINE void encode_q4(const float *x, int8_t *codes, uint16_t *scale_at) {
         low = x[i] < low ? x[i] : low;
         high = x[i] > high ? x[i] : high;
     }
-    float range = (high - low) / 15.0f, scale = round_f16(range < LARGEST ? range : LARGEST);
+    float range = (high - low) / 15.0f, scale = round_f16(range < LARGEST ? range : LARGEST), largest = 0.0f;
+    for (int i = 0; i < 32; i += LANES) largest = largest_magnitude(v_larger(v_splat(largest), v_abs(v_load(x + i))));
+    if (largest != largest) scale = largest;  // NaN
     low = low < LARGEST ? low : LARGEST;
     float base = round_f16(low > -LARGEST ? low : -LARGEST);
     write_f16(scale_at, scale);

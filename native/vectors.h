@@ -72,7 +72,7 @@ INLINE vf v_round_f16(vf x) {
 
 // e^x for x <= 88, relative error below 2e-7: x = n ln 2 + r, a polynomial in r (Cephes expf), times 2^n.
 INLINE vf v_exp(vf x) {
-    x = v_max(x, v_splat(-87.0f));
+    x = v_max(v_splat(-87.0f), x);  // in this order NaN stays NaN
     vi whole = v_round(x * 1.44269504f);
     vf n = v_to_f32(whole);
     vf r = v_fma(n, v_splat(-0.693359375f), x);
@@ -130,6 +130,20 @@ INLINE float largest_lane(vf x) {
     float largest = x[0];
     for (int i = 1; i < LANES; i++) largest = largest > x[i] ? largest : x[i];
     return largest;
+}
+
+// The larger of two magnitudes, which have no signs. Bits are compared: NaN is larger than every number.
+INLINE vf v_larger(vf x, vf y) {
+    vi larger = (vi)((vi)x > (vi)y);
+    return (vf)((larger & (vi)x) | (~larger & (vi)y));
+}
+
+INLINE float largest_magnitude(vf x) {
+    int32_t largest = ((vi)x)[0];
+    for (int i = 1; i < LANES; i++) largest = largest > ((vi)x)[i] ? largest : ((vi)x)[i];
+    float magnitude;
+    memcpy(&magnitude, &largest, sizeof magnitude);
+    return magnitude;
 }
 
 INLINE float max16(f32x16 x) {

@@ -60,8 +60,8 @@ def pack_activations(job, token):
         x = padded + block * BLOCK * 4
         top = simd.absolute(load_f32(x, 0))
         for g in range(1, 5):
-            top = simd.maximum(top, simd.absolute(load_f32(x, g * 64)))
-        largest = simd.max_lanes(top)
+            top = simd.larger_magnitude(top, simd.absolute(load_f32(x, g * 64)))
+        largest = simd.largest_magnitude(top)
         inverse = np.float32(127.0) / largest if largest > np.float32(0.0) else np.float32(0.0)
         simd.write_f32(scales, at * 4, largest / np.float32(127.0))
         for g in range(5):

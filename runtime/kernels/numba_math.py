@@ -18,7 +18,7 @@ def word(base, index):
 @njit(forceinline=True)
 def exp(x):
     """e^x for x <= 88, relative error below 2e-7: x = n ln 2 + r, a polynomial in r (Cephes expf), times 2^n."""
-    x = simd.maximum(x, splat_f32(np.float32(-87.0)))
+    x = simd.maximum(splat_f32(np.float32(-87.0)), x)  # in this order NaN stays NaN
     whole = simd.round_to_i32(x * np.float32(1.44269504))
     n = simd.to_f32(whole)
     r = fma(n, splat_f32(np.float32(-0.693359375)), x)

@@ -121,8 +121,9 @@ def _round_f16(x):
 def _group_q8(x, size, codes, scale_at):
     top = simd.absolute(load_f32(x, 0))
     for i in range(64, size * 4, 64):
-        top = simd.maximum(top, simd.absolute(load_f32(x, i)))
-    scale = _round_f16(min(simd.max_lanes(top) / np.float32(127.0), LARGEST))
+        top = simd.larger_magnitude(top, simd.absolute(load_f32(x, i)))
+    largest = simd.largest_magnitude(top) / np.float32(127.0)
+    scale = _round_f16(LARGEST if largest > LARGEST else largest)
     simd.write_f16(scale_at, 0, scale)
     for i in range(0, size, 16):
         q = simd.round_to_i32(_limited(quotient(load_f32(x, i * 4), splat_f32(scale)), 127.0))
@@ -141,6 +142,9 @@ def _group_q4(x, codes, scale_at):
     high = simd.max_lanes(simd.maximum(a, b))
     low = -simd.max_lanes(simd.maximum(a * np.float32(-1.0), b * np.float32(-1.0)))
     scale = _round_f16(min((high - low) / np.float32(15.0), LARGEST))
+    largest = simd.largest_magnitude(simd.larger_magnitude(simd.absolute(a), simd.absolute(b)))
+    if largest != largest:  # NaN
+        scale = largest
     base = _round_f16(max(min(low, LARGEST), -LARGEST))
     simd.write_f16(scale_at, 0, scale)
     simd.write_f16(scale_at, 2, base)

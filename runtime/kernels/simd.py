@@ -237,6 +237,21 @@ def max_lanes(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
     return b.extract_element(x, ir.Constant(I32, 0))
 
 
+@operation(f32x16, f32x16, f32x16)
+def larger_magnitude(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
+    """The larger of two magnitudes, which have no signs. Bits are compared: NaN is larger than every number."""
+    return b.select(b.icmp_signed(">", b.bitcast(x, I32X16), b.bitcast(y, I32X16)), x, y)
+
+
+@operation(types.float32, f32x16)
+def largest_magnitude(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    bits = b.bitcast(x, I32X16)
+    while bits.type.count > 1:
+        low, high = split(b, bits, 2)
+        bits = b.select(b.icmp_signed(">", low, high), low, high)
+    return b.bitcast(b.extract_element(bits, ir.Constant(I32, 0)), ir.FloatType())
+
+
 @operation(types.int32, i32x16)
 def sum_lanes_i32(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
     while x.type.count > 1:
