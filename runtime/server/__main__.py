@@ -9,9 +9,14 @@ import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from ..budget import gigabytes, machine_memory
 from ..cli import ArgumentParser, UserError, run
 from ..model_arguments import add_chat_format, add_model, add_running, check_model_arguments, load_model
+
+if TYPE_CHECKING:
+    from ..llama import Llama
 
 KEY_VARIABLE = "TRIT_API_KEY"
 SHUTDOWN_SECONDS = 10
@@ -78,7 +83,9 @@ def _main(argv: list[str]) -> int:
     )  # fmt: skip
     _log_to_stderr()
     with _bind(args.host, args.port) as bound:
-        app = make_app(load_model(args), settings)
+        llm = load_model(args)
+        _check_memory(llm, args.parallel, args.force)
+        app = make_app(llm, settings)
         config = uvicorn.Config(
             app, http=PatientProtocol, ws="none", lifespan="on", log_config=None, access_log=False,
             server_header=False, proxy_headers=False, limit_concurrency=MOST_CONNECTIONS, timeout_keep_alive=30,
@@ -101,6 +108,17 @@ def _check(args: argparse.Namespace) -> None:
     for origin in args.cors_origin:
         if origin == "*" or "://" not in origin:
             raise UserError(f"--cors-origin must name one site, as https://example.org, got {origin}")
+
+
+def _check_memory(llm: Llama, parallel: int, force: bool) -> None:
+    """Refuse more contexts than the machine's memory holds once all are full. Raises UserError."""
+    needed, total = llm.memory.total + (parallel - 1) * llm.memory.cache, machine_memory()[0]
+    if total is not None and needed > total and not force:
+        llm.close()
+        raise UserError(
+            f"{parallel} contexts take {gigabytes(needed)} with the model, but there are {gigabytes(total)} of memory; "
+            "take fewer (--parallel) or smaller ones (-c, --kv), or force it (--force)"
+        )
 
 
 def _api_key(args: argparse.Namespace) -> str | None:
