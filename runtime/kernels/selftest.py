@@ -45,13 +45,19 @@ class Checked:
 
     def __init__(self, resolve: Resolve, name: str, stamps: Path | None, instead: Resolve | None = None) -> None:
         self._resolve, self._name, self._stamps, self._instead = resolve, name, stamps, instead
-        self._addresses: dict[tuple[str, str], int] = {}
+        self._found: dict[tuple[str, str], int | KernelDiffers] = {}
 
     def __call__(self, module: str, function: str) -> int:
         """Raises KernelDiffers if no code for this kernel agrees with the reference."""
-        if (module, function) not in self._addresses:
-            self._addresses[module, function] = self._choose(module, function)
-        return self._addresses[module, function]
+        if (module, function) not in self._found:
+            try:
+                self._found[module, function] = self._choose(module, function)
+            except KernelDiffers as error:
+                self._found[module, function] = error
+        found = self._found[module, function]
+        if isinstance(found, KernelDiffers):
+            raise found
+        return found
 
     def _choose(self, module: str, function: str) -> int:
         address = self._resolve(module, function)
