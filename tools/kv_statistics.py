@@ -105,20 +105,22 @@ def _watched(model: Model, see: Callable[[Floats, int], None]) -> Iterator[None]
 def _add(moments: LayerMoments, config: ModelConfig, q: Floats, ring: KVRing, layer: int) -> None:
     """Take in one window. q: (n, n_heads * head_dim) float32, of a ring that holds these n tokens alone"""
     n, heads, head_dim = len(q), config.n_kv_heads, config.head_dim
-    slots = ring.slot(np.arange(n))
+    slots, later = ring.slot(np.arange(n)), np.triu(np.full((n, n), -np.inf, np.float32), 1)
     keys, values = ring.layers[layer].keys.read(slots), ring.layers[layer].values.read(slots)
     queries = q.reshape(n, heads, -1, head_dim).transpose(1, 2, 0, 3)
     together = values.transpose(1, 0, 2).reshape(n, -1)
     for head, moment in enumerate(moments.queries):
         moment.add(queries[head, :, SINKS:].reshape(-1, head_dim))
         for one in queries[head]:
-            moments.values.add(_weights(one, keys[head])[SINKS:] @ together)
+            moments.values.add(_weights(one, keys[head], later)[SINKS:] @ together)
     moments.keys.add(keys.transpose(1, 0, 2).reshape(n, -1)[SINKS:])
 
 
-def _weights(q: Floats, keys: Floats) -> Floats:
-    """Causal attention of one head. q, keys: (n, head_dim) float32; returns (n, n)"""
-    scores = q @ keys.T / np.float32(np.sqrt(q.shape[1]))
-    scores[np.triu_indices(len(q), 1)] = -np.inf
-    scores = np.exp(scores - scores.max(axis=1, keepdims=True))
-    return np.asarray(scores / scores.sum(axis=1, keepdims=True), np.float32)
+def _weights(q: Floats, keys: Floats, later: Floats) -> Floats:
+    """Attention of one head. q, keys: (n, head_dim) float32; later: (n, n), -inf where a token comes later"""
+    scores = q @ keys.T
+    scores /= np.float32(np.sqrt(q.shape[1]))
+    scores += later
+    np.exp(scores - scores.max(axis=1, keepdims=True), out=scores)
+    scores /= scores.sum(axis=1, keepdims=True)
+    return scores

@@ -14,7 +14,6 @@ import numpy.typing as npt
 from formats.codecs import CODECS
 from formats.container import Tensor
 from formats.kv_modules import KVModule
-from runtime.evaluate import log_softmax
 from runtime.model import Model
 from runtime.projections import Projections
 
@@ -57,22 +56,24 @@ class Judge:
     """Compares a model with what it was before: on windows of a text, the second half of each.
 
     The first windows' predictions are kept, to measure divergence; of the others only the losses are.
+    kept: number of windows whose predictions are kept; kv: codec of the caches
     """
 
     def __init__(self, model: Model, windows: Sequence[Ids], kept: int, kv: str) -> None:
         self._model, self._windows, self._kv = model, windows, kv
         self._half = len(windows[0]) // 2
         install(model, [])
-        self._base = [log_softmax(self._logits(window)).astype(np.float32) for window in windows[:kept]]
+        self._base = [_probabilities(self._logits(window)) for window in windows[:kept]]
         self._loss = self._mean_loss(None)
 
     def divergence(self, learned: Sequence[Learned]) -> float:
         """Mean KL divergence of the predictions with these modules from those without."""
         install(self._model, learned)
         found = []
-        for window, base in zip(self._windows, self._base, strict=False):
-            mine = log_softmax(self._logits(window))
-            found.append(float((np.exp(base, dtype=np.float64) * (base - mine)).sum(axis=1).mean()))
+        for window, (probabilities, entropy) in zip(self._windows, self._base, strict=False):
+            logits = self._logits(window)
+            expected = (probabilities * logits).sum(axis=1, dtype=np.float64)
+            found.append(_log_sum_exp(logits) - expected - entropy)
         return float(np.mean(found))
 
     def increase(self, learned: Sequence[Learned], progress: Callable[[int, int, str], None] | None = None) -> float:
@@ -83,8 +84,8 @@ class Judge:
     def _mean_loss(self, progress: Callable[[int, int, str], None] | None) -> float:
         losses = []
         for done, window in enumerate(self._windows, 1):
-            scores = log_softmax(self._logits(window))
-            losses.append(-scores[np.arange(len(scores)), window[self._half + 1 :]].mean())
+            logits = self._logits(window)
+            losses.append(_log_sum_exp(logits) - logits[np.arange(len(logits)), window[self._half + 1 :]])
             if progress is not None:
                 progress(done, len(self._windows), "")
         return float(np.mean(losses))
@@ -96,3 +97,16 @@ class Judge:
         logits = self._model.forward(window[self._half : -1], cache, "all")
         assert logits is not None
         return logits
+
+
+def _log_sum_exp(logits: Floats) -> npt.NDArray[np.float64]:
+    """(n, vocab_size) to (n,)"""
+    top = logits.max(axis=1)
+    return np.log(np.exp(logits - top[:, None]).sum(axis=1, dtype=np.float64)) + top
+
+
+def _probabilities(logits: Floats) -> tuple[Floats, npt.NDArray[np.float64]]:
+    """(n, vocab_size) to probabilities and, for each row, the entropy: what a divergence is compared with."""
+    logs = logits - _log_sum_exp(logits)[:, None].astype(np.float32)
+    probabilities = np.exp(logs)
+    return probabilities, -(probabilities * logs).sum(axis=1, dtype=np.float64)
