@@ -6,23 +6,29 @@ Groups are handled LANES at a time, one lane each, because the 16 weights of a g
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
 from numba import njit
+from numba.core import config
 
 from formats.codec_base import Rows, check_fits, finite_rows, row_chunks
 from formats.trit import ENTRIES, GROUP, GROUPS, ROWS, UNITS, codebook, max_level
 from formats.trit_codec import Encoded, TritCodec
 
+from .compiling import folder
+
 LANES = 64
 ROUNDER = np.float32(12582912.0)  # 1.5 * 2**23: adding and subtracting it rounds to integer, ties to even
+_one_at_a_time = threading.Lock()  # Numba is told its folder by a global
 READ_ONLY = "Array(float32, 2, 'C', readonly=True)"
 
 
 class Compiled:
-    """A function that is compiled when it is first used. Numba keeps the code; all that it calls is in this file."""
+    """A function that is compiled when it is first used. Numba keeps the code, in the kernels' folder unless
+    NUMBA_CACHE_DIR says another; all that it calls is in this file."""
 
     def __init__(self, function: Callable[..., None], signature: str) -> None:
         self._function, self._signature = function, signature
@@ -30,10 +36,15 @@ class Compiled:
     @cached_property
     def ready(self) -> Callable[..., None]:
         options = {"nogil": True, "error_model": "numpy"}
-        try:
-            found: Callable[..., None] = njit(self._signature, cache=True, **options)(self._function)
-        except RuntimeError:  # no folder that it could be kept in
-            found = njit(self._signature, **options)(self._function)
+        with _one_at_a_time:
+            chosen = config.CACHE_DIR
+            config.CACHE_DIR = chosen or str(folder())
+            try:
+                found: Callable[..., None] = njit(self._signature, cache=True, **options)(self._function)
+            except RuntimeError:  # no folder that it could be kept in
+                found = njit(self._signature, **options)(self._function)
+            finally:
+                config.CACHE_DIR = chosen
         return found
 
 
