@@ -64,20 +64,24 @@ def convert(
     encode: Encode | None = None,
     bpw: float | None = None,
     report: bool = False,
-    encoder: str = "v2",
+    codecs: Mapping[str, str] | None = None,
+    record: str = "",
 ) -> Summary:
     """Write a source as a .trit file; on any failure nothing is left behind.
 
     quant: codec of the matrices in the layers, "keep", or "trit-mixed" with at most `bpw` bits for each weight of them
     embed: codec of the embeddings and the output matrix (default "f16", with "keep" their own)
     progress: called with (done, total, what)
-    encode: what quantises to trits; default is the reference, in NumPy; encoder: its name, for the record
+    encode: what quantises to trits; default is the reference, in NumPy
     report: measure the error of every tensor, which takes another pass over each: `facts` in the summary's plan
+    codecs: those of matrices, by name, where they are not what `quant` says
+    record: what else the header should say about the options
 
     Raises SourceError (NaN, infinity, a value that does not fit), UnsupportedError, FileExistsError, OSError;
     OptionError for an unknown codec, or for a `bpw` that cannot be had.
     """
-    return convert_several(source, {quant: path}, embed, overwrite, dry_run, progress, encode, bpw, report, encoder)[0]
+    paths = {quant: path}
+    return convert_several(source, paths, embed, overwrite, dry_run, progress, encode, bpw, report, codecs, record)[0]
 
 
 def convert_several(
@@ -90,7 +94,8 @@ def convert_several(
     encode: Encode | None = None,
     bpw: float | None = None,
     report: bool = False,
-    encoder: str = "v2",
+    codecs: Mapping[str, str] | None = None,
+    record: str = "",
 ) -> list[Summary]:
     """Write several files from one pass over the source, which appear together or not at all.
 
@@ -102,22 +107,22 @@ def convert_several(
     jobs = []
     for quant, path in paths.items():
         own = check_codecs(quant, embed, bpw)
-        plan = make_plan(source, quant, own, bpw, encode, progress)
+        plan = make_plan(source, quant, own, bpw, encode, progress, codecs)
         options = f"--quant {quant} --embed {own}" + (f" --bpw {bpw:g}" if bpw else "")
-        options += "" if encoder == "v2" else f" --encoder {encoder}"
+        options += f" {record}" if record else ""
         jobs.append((Summary(Path(path), plan, [*source.notes, *notes_on(plan, done=False)]), options))
     summaries = [summary for summary, _ in jobs]
     if dry_run:
         return summaries
-    _check_outputs(source, summaries, overwrite)
+    check_outputs(source, summaries, overwrite)
     metadata = _metadata(source, progress)
     with ExitStack() as stack:
         writers = []
         for summary, options in jobs:
-            record = {**metadata, "source": {**metadata["source"], "options": options}}
+            header = {**metadata, "source": {**metadata["source"], "options": options}}
             names = [item.name for item in summary.plan]
             with _naming(summary.path):
-                writers.append(stack.enter_context(TritWriter(summary.path, record, names, overwrite)))
+                writers.append(stack.enter_context(TritWriter(summary.path, header, names, overwrite)))
         plans = _write(summaries, writers, encode, progress, report)
         with _naming(summaries[0].path):
             close_all(writers)
@@ -263,8 +268,8 @@ def _provenance(path: Path, root: Path, progress: Progress | None) -> dict[str, 
     return {"name": path.relative_to(root).as_posix(), "bytes": done, "sha256": digest.hexdigest()}
 
 
-def _check_outputs(source: Source, summaries: Sequence[Summary], overwrite: bool) -> None:
-    """Refuse outputs that cannot be, before the source is hashed."""
+def check_outputs(source: Source, summaries: Sequence[Summary], overwrite: bool) -> None:
+    """Refuse outputs that cannot be, before any work is done. Raises FileExistsError, OSError."""
     for summary in summaries:
         path = summary.path
         if path.is_dir():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
@@ -136,18 +136,27 @@ def check_codecs(quant: str, embed: str | None, bpw: float | None) -> str:
 
 
 def make_plan(
-    source: Source, quant: str, embed: str, bpw: float | None, encode: Encode, progress: Progress | None
+    source: Source,
+    quant: str,
+    embed: str,
+    bpw: float | None,
+    encode: Encode,
+    progress: Progress | None,
+    codecs: Mapping[str, str] | None = None,
 ) -> list[Planned]:
     """Decide the codec of every tensor, in the order of the file: the tokenizer, then as the model runs.
+
+    codecs: of matrices of the layers, by name, where it is decided already
 
     Raises SourceError, UnsupportedError; OptionError if `bpw` is too small.
     """
     plan = [Planned(name, "u8", {}, (len(data),), None, data) for name, data in sorted(source.blobs.items())]
-    mixed = _mixed(source, bpw, encode, progress) if bpw is not None else {}
+    if codecs is None:
+        codecs = _mixed(source, bpw, encode, progress) if bpw is not None else {}
     of_modules = module_tensors(source.kv_modules, source.config)
     for name in [*expected_tensors(source.config), *of_modules]:
         tensor = source.tensors[name]
-        wanted = embed if name in EMBEDDINGS else mixed.get(name, quant)
+        wanted = embed if name in EMBEDDINGS else codecs.get(name, quant)
         codec, params = (_exact_codec(tensor), {}) if name in of_modules else _codec_of(tensor, wanted)
         item = Planned(name, codec, params, tensor.shape, tensor)
         if wanted == KEEP and item.is_matrix and codec in KEPT.values():

@@ -4,26 +4,36 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from formats import FormatError, SourceError
-from formats.convert import PLAIN, QUANTS, Summary, convert_several, several_paths
-from formats.plan import KEEP, MIXED
+from formats.convert import PLAIN, QUANTS, Summary, check_outputs, convert_several, several_paths
+from formats.plan import KEEP, MIXED, TRITS
 from formats.report import report_of
 from formats.source import Source, open_source
+from formats.trit_codec import Encode
 from runtime.cli import ArgumentParser, UserError, run
 from runtime.config import ModelConfig
 from runtime.encoder import ENCODERS, fast_encoder
+from runtime.kernels import get_kernels
+from runtime.kernels.pool import usable_cores
 from runtime.options import defaults_of_file
 from runtime.progress import Bar
 from runtime.sizes import kv_bytes_per_token
 from runtime.tokenizer import make_tokenizer
 
+from .arguments import positive
+from .perplexity import read_text
+
 CONTEXTS = (8192, 32768, 131072)
+TOKENS = 32768
 HELP = "convert a Hugging Face folder or a GGUF file to a .trit file"
 
 
@@ -41,7 +51,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     embed_help = "for embeddings and lm_head (default f16; with --quant keep: keep)"
     parser.add_argument("--embed", choices=(*PLAIN, KEEP), metavar="CODEC", help=embed_help)
     encoder_help = "how trits are found: as tritllm v2 does (default), or the best of units fitted to each matrix"
-    parser.add_argument("--encoder", choices=tuple(ENCODERS), default="v2", help=encoder_help)
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--encoder", choices=tuple(ENCODERS), default="v2", help=encoder_help)
+    calibrate_help = "quantise for what the matrices do with this text (UTF-8; give it again for more texts)"
+    how.add_argument("--calibrate", action="append", metavar="TEXT", help=calibrate_help)
+    tokens_help = f"with --calibrate: use at most so many tokens of it ({TOKENS})"
+    parser.add_argument("--calibrate-tokens", type=positive, default=TOKENS, metavar="N", help=tokens_help)
+    state_help = "with --calibrate: where an interrupted run goes on from (default OUT.trit.state)"
+    parser.add_argument("--state", metavar="FOLDER", help=state_help)
     kv_map_help = "a JSON file that names the tensors of learned KV modules (see README.md)"
     parser.add_argument("--kv-map", metavar="MAP.json", help=kv_map_help)
     parser.add_argument("--overwrite", action="store_true", help="replace OUT.trit if it is there")
@@ -74,6 +91,8 @@ def _main(argv: list[str]) -> int:
         parser.error("the following arguments are required: -o/--out")
     if (args.bpw is None) == (args.quant == [MIXED]):
         parser.error(f"--quant {MIXED} goes with --bpw, and nothing else does")
+    if args.calibrate and (len(args.quant) > 1 or args.quant[0] not in (*TRITS, MIXED)):
+        parser.error(f"--calibrate goes with one codec of {', '.join((*TRITS, MIXED))}")
     if args.report is not None and not Path(args.report).absolute().parent.is_dir():
         raise UserError(f"{args.report}: no such folder for the report")
     started = time.perf_counter()
@@ -81,12 +100,19 @@ def _main(argv: list[str]) -> int:
     check_runs(source)
     out, several = Path("OUT.trit" if args.out is None else args.out), len(args.quant) > 1
     paths = several_paths(source, out, args.quant) if several else {args.quant[0]: out}
-    encoder = fast_encoder(name=args.encoder)
-    with Bar("convert") as bar, encoder as encode, _folder(out, several and not args.dry_run):
-        summaries = convert_several(
-            source, paths, args.embed, args.overwrite, args.dry_run, bar, encode, args.bpw, args.report is not None,
-            args.encoder,
-        )  # fmt: skip
+    encoder, codecs = fast_encoder(name=args.encoder), None
+    record = "" if args.encoder == "v2" else f"--encoder {args.encoder}"
+    state = Path(args.state or f"{out}.state")
+    with encoder as encode, _folder(out, several and not args.dry_run):
+        if args.calibrate and not args.dry_run:
+            source, codecs, record = calibrated(source, out, args, encode, state)
+        with Bar("convert") as bar:
+            summaries = convert_several(
+                source, paths, args.embed, args.overwrite, args.dry_run, bar, encode, args.bpw,
+                args.report is not None, codecs, record,
+            )  # fmt: skip
+    if codecs:
+        shutil.rmtree(state)
     for note in dict.fromkeys(note for summary in summaries for note in summary.notes):
         print(f"note: {note}", file=sys.stderr)
     for summary in summaries:
@@ -99,6 +125,31 @@ def _main(argv: list[str]) -> int:
         reports = [report_of(summary) for summary in summaries]
         Path(args.report).write_text(json.dumps(reports if several else reports[0], indent=1) + "\n", encoding="utf-8")
     return 0
+
+
+def calibrated(
+    source: Source, out: Path, args: argparse.Namespace, encode: Encode, state: Path
+) -> tuple[Source, dict[str, str], str]:
+    """Quantise the layers with the texts of --calibrate.
+
+    returns: the source with its matrices quantised, their codecs, and what the header should say about it
+    """
+    from runtime.calibration.run import Calibration
+    from runtime.calibration.windows import cut_windows
+
+    tokenizer = make_tokenizer(source.tokenizer, source.blobs.__getitem__, str(source.path))
+    windows = cut_windows(tokenizer, [read_text(path) for path in args.calibrate], args.calibrate_tokens)
+    with Bar("measure") as bar:
+        summary = convert_several(source, {args.quant[0]: out}, args.embed, True, True, bar, encode, args.bpw)[0]
+    check_outputs(source, [summary], args.overwrite)
+    codecs = {item.name: item.codec for item in summary.plan if item.is_matrix}
+    depths = {name: int(codec.removeprefix("trit")) for name, codec in codecs.items()}
+    print_depths(depths)
+    kernels, threads = get_kernels("auto", int8=False), ThreadPoolExecutor(usable_cores(), "calibrate")
+    with closing(kernels), threads as pool, Bar("calibrate", unit="step") as bar:
+        found = Calibration(source, windows, depths, state, kernels, pool, bar).run()
+    texts = " ".join(f"--calibrate {Path(path).name}" for path in args.calibrate)
+    return found, codecs, f"{texts} --calibrate-tokens {windows.size}"
 
 
 def check_runs(source: Source) -> None:
@@ -142,6 +193,14 @@ def print_plan(summary: Summary) -> None:
         f"total {len(summary.plan)} tensors, {summary.nbytes:,} bytes, {summary.bpw:.2f} bits per weight, "
         f"{summary.matrix_bpw:.2f} in the layers' matrices"
     )
+
+
+def print_depths(depths: Mapping[str, int]) -> None:
+    """Say on stderr which matrices get how many trits."""
+    for depth, count in sorted(Counter(depths.values()).items()):
+        roles = Counter(name.rsplit(".", 1)[-1] for name, found in depths.items() if found == depth)
+        which = ", ".join(f"{n} {role}" for role, n in sorted(roles.items()))
+        print(f"plan: {count} matrices of {depth} trits ({which})", file=sys.stderr)
 
 
 def print_memory(summary: Summary, source: Source) -> None:

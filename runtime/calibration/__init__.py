@@ -1,0 +1,1 @@
+"""Quantising a model layer by layer with a calibration text: see run.py."""

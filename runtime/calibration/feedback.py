@@ -1,0 +1,152 @@
+"""One matrix onto the trit grid so that its products, not its weights, come out right.
+
+What is minimised is the sum over calibration tokens of |(W - Q) x|^2 = tr((W - Q) H (W - Q)^T), H = sum of x x^T.
+Columns are rounded one after another, and each takes over the error that those before it have made (GPTQ: Frantar et
+al., 2022; in the form of LDLQ: Chee et al., 2023). With H = U D U^T, U unit upper triangular, column k is rounded from
+
+    t_k = w_k + sum over i < k of (w_i - q_i) U_ik,    at a loss of D_k (t_k - q_k)^2.
+
+Sixteen inputs share a unit, so groups stay whole: they are taken in the order of their mean diagonal of H, their
+columns by their own, so that what matters most is rounded first and the rest makes up for it. The unit of a group is
+the one of all 27 with the least loss when its sixteen columns are rounded with it, feedback included.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from formats.best_units import Search, fit_units, search_reference
+from formats.trit import ENTRIES, GROUP, max_level
+
+# Of the mean of H's diagonal, added to it: with less, the encoder learns the calibration text by heart.
+DAMPING, TARGET_DAMPING = 0.1, 0.2
+WIDEST_DOUBLE = 4096  # columns up to which the factors are computed in float64
+
+Rounded = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Factors:
+    """H of one or more matrices with the same inputs, ready for `round_columns`; inputs are padded to whole groups.
+
+    order: (n,) which input is taken when; weights: (n,) float32, D; feedback: (n, n) float32, U; both in that order
+    """
+
+    order: np.ndarray
+    weights: np.ndarray
+    feedback: np.ndarray
+
+    @property
+    def importance(self) -> np.ndarray:
+        """Weights for the fit of the units, in the order of the inputs, mean 1: (groups, 16) float32"""
+        in_place = np.empty_like(self.weights)
+        in_place[self.order] = self.weights
+        return (in_place / in_place.mean()).reshape(-1, GROUP)
+
+
+class RoundColumns(Protocol):
+    """Rounds all rows of a matrix; `round_columns_reference` defines what it gives."""
+
+    def __call__(
+        self, w: np.ndarray, factors: Factors, units: np.ndarray, depth: int
+    ) -> tuple[np.ndarray, np.ndarray]: ...
+
+
+def factorize(hessian: np.ndarray, damping: float = DAMPING) -> Factors:
+    """Choose the order of the columns and decompose H.
+
+    hessian: (in, in) floating point, symmetric, positive semidefinite
+    """
+    n = len(hessian)
+    padded = -(-n // GROUP) * GROUP
+    diagonal = np.zeros(padded)
+    diagonal[:n] = np.diagonal(hessian)
+    groups = diagonal.reshape(-1, GROUP)
+    inside = np.argsort(-groups, axis=1, kind="stable") + np.arange(0, padded, GROUP)[:, None]
+    order = inside[np.argsort(-groups.mean(axis=1), kind="stable")].reshape(-1)
+    extra = damping * float(diagonal[:n].mean()) or 1.0  # inputs that are always zero leave everything open
+    back = order[::-1]
+    h = np.zeros((padded, padded), np.float64 if n <= WIDEST_DOUBLE else np.float32)
+    h[:n, :n] = hessian
+    h = h[np.ix_(back, back)]
+    h[np.diag_indices(padded)] += extra
+    # Cholesky's lower triangle of the reversed matrix is, reversed again, an upper one with H = R R^T.
+    r = np.linalg.cholesky(h)[::-1, ::-1]
+    scale = np.diagonal(r).copy()
+    return Factors(order, (scale * scale).astype(np.float32), np.ascontiguousarray(r / scale, np.float32))
+
+
+def round_columns_reference(
+    w: np.ndarray, factors: Factors, units: np.ndarray, depth: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Round a matrix with feedback. Sums run in float32 and in order, so the result does not depend on the machine.
+
+    w: (out, n) float32, inputs padded to whole groups and in the order of `factors`; units: (27,) float32
+    returns: levels (out, n) int8, codes (out, groups) uint8, both in that order
+    """
+    top, d, u = np.float32(max_level(depth)), factors.weights, factors.feedback
+    levels, codes = np.empty(w.shape, np.int8), np.zeros((len(w), w.shape[1] // GROUP), np.uint8)
+    x = np.ascontiguousarray(w.T)
+    error = np.empty_like(x)
+    for first in range(0, len(x), GROUP):
+        start = x[first : first + GROUP].copy()
+        for i in range(first):
+            start += error[i] * u[i, first : first + GROUP, None]
+        best = np.full(len(w), np.inf, np.float32)
+        q_best = np.zeros((GROUP, len(w)), np.float32)
+        unit_best = np.zeros(len(w), np.float32)
+        for k in range(ENTRIES):
+            unit = units[k]
+            if unit <= 0:
+                continue
+            t, q, loss = start.copy(), np.empty_like(start), np.zeros(len(w), np.float32)
+            for j in range(GROUP):
+                q[j] = np.rint(np.clip(t[j] / unit, -top, top))
+                rest = t[j] - q[j] * unit
+                loss += rest * rest * d[first + j]
+                wrong = x[first + j] - q[j] * unit
+                t[j + 1 :] += wrong * u[first + j, first + j + 1 : first + GROUP, None]
+            better = loss < best
+            best[better], q_best[:, better], unit_best[better] = loss[better], q[:, better], unit
+            codes[better, first // GROUP] = k
+        levels[:, first : first + GROUP] = q_best.T
+        error[first : first + GROUP] = x[first : first + GROUP] - q_best * unit_best
+    return levels, codes
+
+
+def quantize(
+    w: np.ndarray,
+    factors: Factors,
+    depth: int,
+    round_columns: RoundColumns = round_columns_reference,
+    search: Search = search_reference,
+) -> Rounded:
+    """Quantise a matrix so that its products come out right.
+
+    w: (out, in) float32; returns: levels (out, in) int8, codes (out, groups) uint8, units (32,) float32
+    """
+    padded = np.zeros((len(w), len(factors.order)), np.float32)
+    padded[:, : w.shape[1]] = w
+    units = fit_units(padded.reshape(-1, GROUP), factors.importance, float(np.abs(w).max()), depth, search)
+    found, own = round_columns(np.ascontiguousarray(padded[:, factors.order]), factors, units, depth)
+    levels, codes = np.empty_like(found), np.empty_like(own)
+    levels[:, factors.order] = found
+    codes[:, factors.order[::GROUP] // GROUP] = own
+    return np.ascontiguousarray(levels[:, : w.shape[1]]), codes, units
+
+
+def corrected(w: np.ndarray, rest: np.ndarray, hessian: np.ndarray, damping: float = TARGET_DAMPING) -> np.ndarray:
+    """Move a matrix so that from the inputs that it will get it makes the outputs that it should.
+
+    The inputs are wrong already, because what comes before is quantised. This is the least squares solution, pulled
+    towards the matrix itself: W + (sum of (y - W x) x^T) (H + damping)^-1.
+
+    w: (out, in) float32; rest: (out, in), that sum over the inputs x and the wanted outputs y; hessian: (in, in), H
+    returns: (out, in) float32
+    """
+    h = hessian.astype(np.float64 if len(hessian) <= WIDEST_DOUBLE else np.float32)
+    h[np.diag_indices(len(h))] += damping * float(np.diagonal(hessian).mean()) or 1.0
+    return (w + np.linalg.solve(h, rest.T.astype(h.dtype)).T).astype(np.float32)

@@ -1,0 +1,188 @@
+"""A whole model quantised layer by layer with a calibration text; it can be stopped, and goes on where it was.
+
+All that is needed to go on lies in one folder: what has come out of every finished layer, and the residual streams
+after the last of them. A layer is finished when its file appears under its name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from formats.source import Carried, Source
+from formats.trit import pack
+from formats.version import __version__
+
+from ..config import ModelConfig
+from ..kernels import Kernels
+from ..kernels.numba_best import BestSearch
+from ..kernels.numba_feedback import RoundColumns
+from .feedback import Factors, Rounded, quantize
+from .layer import PASSES, LayerRun, Streams
+from .streams import Forward, Stream
+from .windows import CalibrationError
+
+PARAMS = {"dtype": "float32"}
+Progress = Callable[[int, int, str], None]
+
+
+class Calibration:
+    """Quantises the matrices of all layers to trits.
+
+    windows: (windows, ctx) integer, the text; depths: trits of each matrix by name
+    folder: of what is needed to go on, made if it is not there; the result reads from it
+    kernels: exact ones; progress: called with (done, total, what)
+    Raises CalibrationError if the folder belongs to another conversion.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        windows: np.ndarray,
+        depths: Mapping[str, int],
+        folder: Path,
+        kernels: Kernels,
+        pool: ThreadPoolExecutor,
+        progress: Progress | None = None,
+    ) -> None:
+        self._source, self._windows, self._depths, self._folder = source, windows, depths, folder
+        self._config = ModelConfig.from_dict(source.config, str(source.path))
+        self._forward = Forward(self._config, kernels, windows.shape[1])
+        self._round_columns, self._search = RoundColumns(pool.map), BestSearch(pool.map)
+        self._progress = progress
+        batches = sum(1 for _ in self._forward.batches(windows.size))
+        self._done, self._steps = 0, PASSES * batches
+        self._claim()
+
+    def run(self) -> Source:
+        """Quantise every layer that is not finished.
+
+        returns: the source with its matrices carried as trits, and its norms as they have to be for these
+        """
+        streams = None
+        for i in range(self._config.n_layers):
+            if self._layer_file(i).exists():
+                self._done += self._steps
+                continue
+            streams = streams or (self._streams(i) if i else self._embed())
+            streams = self._layer(i, streams)
+        return self._carrying()
+
+    # ---- layers
+
+    def _embed(self) -> Streams:
+        """Begin both streams with the embeddings of the text."""
+        streams = self._streams(0)
+        table = self._source.tensors["tok_embeddings"]
+        ids, rows = np.unique(self._windows, return_inverse=True)
+        used = np.concatenate([table.read_rows(int(i), int(i) + 1) for i in ids]).astype(np.float32)
+        rows = rows.reshape(-1)
+        for start, stop in self._forward.batches(self._windows.size):
+            for stream in streams:
+                stream.write(start, used[rows[start:stop]])
+        return streams
+
+    def _layer(self, i: int, before: Streams) -> Streams:
+        """Quantise one layer; its file is what makes it count. returns: the streams after it"""
+
+        def tensor(name: str) -> np.ndarray | None:
+            found = self._source.tensors.get(f"layers.{i}.{name}")
+            return None if found is None else np.ascontiguousarray(found.read(), np.float32)
+
+        def to_trits(name: str, w: np.ndarray, factors: Factors) -> Rounded:
+            return quantize(w, factors, self._depths[f"layers.{i}.{name}"], self._round_columns, self._search)
+
+        def step() -> None:
+            self._done += 1
+            if self._progress:
+                total = self._steps * self._config.n_layers
+                self._progress(self._done, total, f"layer {i + 1} of {self._config.n_layers}")
+
+        run = LayerRun(self._forward, tensor, to_trits, self._folder, self._windows.size, step)
+        after = self._streams(i + 1)
+        for worked, kept in zip(run.run(*before), after, strict=True):
+            os.replace(worked.path, kept.path)
+        values = {**run.gains}
+        for name, (levels, codes, units) in run.rounded.items():
+            values |= {
+                f"{name}.units": units,
+                f"{name}.blocks": pack(levels, codes, self._depths[f"layers.{i}.{name}"]),
+            }
+        partial = self._folder / "work-layer.npz"
+        np.savez(partial, **values)  # type: ignore[arg-type]
+        os.replace(partial, self._layer_file(i))
+        for stream in before:
+            stream.path.unlink(missing_ok=True)
+        return after
+
+    # ---- what is kept
+
+    def _layer_file(self, i: int) -> Path:
+        return self._folder / f"layer-{i:04}.npz"
+
+    def _streams(self, i: int) -> Streams:
+        """The residual streams before layer i, the source's and the quantised model's."""
+        dim = self._config.dim
+        return Stream(self._folder / f"source-{i:04}", dim), Stream(self._folder / f"quantized-{i:04}", dim)
+
+    def _claim(self) -> None:
+        """Write down what the folder is for, or compare."""
+        files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in self._source.files]
+        about = {
+            "source": [list(file) for file in files],
+            "text": hashlib.sha256(np.ascontiguousarray(self._windows, np.int64).tobytes()).hexdigest(),
+            "windows": list(self._windows.shape),
+            "depths": dict(self._depths),
+            "version": __version__,
+        }
+        self._folder.mkdir(exist_ok=True)
+        job = self._folder / "job.json"
+        if not job.exists():
+            partial = self._folder / "work-job.json"
+            partial.write_text(json.dumps(about), encoding="utf-8")
+            os.replace(partial, job)
+        elif json.loads(job.read_text(encoding="utf-8")) != about:
+            raise CalibrationError(
+                f"{self._folder}: holds the beginning of another conversion (other source, text or options); "
+                "remove it, or repeat that one"
+            )
+
+    def _carrying(self) -> Source:
+        tensors = dict(self._source.tensors)
+        for i in range(self._config.n_layers):
+            file = self._layer_file(i)
+            with np.load(file) as values:
+                keys = set(values.files)
+            for key in keys:
+                matrix = key.removesuffix(".units")
+                if matrix != key:
+                    name = f"layers.{i}.{matrix}"
+                    carried = Carried(f"trit{self._depths[name]}", PARAMS, _parts_reader(file, matrix))
+                    tensors[name] = replace(tensors[name], carried=carried)
+                elif not key.endswith(".blocks"):
+                    name = f"layers.{i}.{key}"
+                    tensors[name] = replace(tensors[name], read_rows=_gain_reader(file, key))
+        return replace(self._source, tensors=tensors)
+
+
+def _parts_reader(file: Path, matrix: str) -> Callable[[], dict[str, np.ndarray]]:
+    def read() -> dict[str, np.ndarray]:
+        with np.load(file) as values:
+            return {part: values[f"{matrix}.{part}"] for part in ("units", "blocks")}
+
+    return read
+
+
+def _gain_reader(file: Path, name: str) -> Callable[[int, int], np.ndarray]:
+    def read(start: int, stop: int) -> np.ndarray:
+        with np.load(file) as values:
+            return np.asarray(values[name][start:stop])
+
+    return read

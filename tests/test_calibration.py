@@ -1,0 +1,238 @@
+"""Calibrated quantisation: compiled like the reference, better than rounding, the same however it is run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import MATRICES, folder_with_tokenizer
+
+from formats.container import open_trit
+from formats.convert import convert
+from formats.source import Source, expected_tensors, open_source
+from formats.trit import GROUP, quantize_levels
+from runtime.calibration.feedback import corrected, factorize, quantize
+from runtime.calibration.layer import balanced
+from runtime.calibration.run import Calibration
+from runtime.calibration.windows import CalibrationError, cut_windows
+from runtime.kernels import get_kernels
+from runtime.kernels.numba_best import BestSearch
+from runtime.kernels.numba_feedback import RoundColumns
+from runtime.model import Model
+from runtime.tokenizer import make_tokenizer
+from tools.convert import main
+
+DEPTHS = (1, 2, 3, 4)
+
+
+def problem(out: int, width: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """A matrix and H of inputs that are correlated and of very different sizes, some of them always zero."""
+    rng = np.random.default_rng(seed)
+    x = (
+        rng.standard_normal((4 * width, width))
+        @ rng.standard_normal((width, width))
+        * np.exp(rng.standard_normal(width))
+    )
+    x[:, 3::17] = 0
+    return (rng.standard_t(5, (out, width)) * 0.02).astype(np.float32), (x.T @ x).astype(np.float32)
+
+
+def values(levels: np.ndarray, codes: np.ndarray, units: np.ndarray) -> np.ndarray:
+    return levels * np.repeat(units[codes], GROUP, axis=1)[:, : levels.shape[1]]
+
+
+def loss(w: np.ndarray, q: np.ndarray, hessian: np.ndarray) -> float:
+    e = (w - q).astype(np.float64)
+    return float(np.einsum("ij,jk,ik->", e, hessian.astype(np.float64), e))
+
+
+# ==== One matrix ====
+
+
+@pytest.mark.parametrize("shape", [(1, 16), (5, 33), (70, 100)], ids=str)
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_the_kernel_rounds_like_the_reference(shape: tuple[int, int], depth: int) -> None:
+    w, hessian = problem(*shape)
+    factors = factorize(hessian)
+    expected = quantize(w, factors, depth)
+    with ThreadPoolExecutor(3) as pool:
+        for run in (map, pool.map):
+            found = quantize(w, factors, depth, RoundColumns(run), BestSearch(run))
+            for part, wanted in zip(found, expected, strict=True):
+                assert part.dtype == wanted.dtype and np.array_equal(part, wanted)
+
+
+def test_the_factors_are_those_of_the_damped_hessian() -> None:
+    _, hessian = problem(1, 50)
+    f = factorize(hessian, damping=0.05)
+    u = f.feedback.astype(np.float64)
+    assert np.array_equal(u, np.triu(u)) and np.allclose(np.diagonal(u), 1)
+    whole = np.zeros((64, 64))
+    whole[:50, :50] = hessian
+    whole += 0.05 * np.diagonal(hessian).mean() * np.eye(64)
+    assert np.allclose(u * f.weights @ u.T, whole[np.ix_(f.order, f.order)], rtol=1e-4, atol=1e-4 * whole.max())
+    assert all(len(set(group // GROUP)) == 1 for group in f.order.reshape(-1, GROUP))
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_feedback_makes_a_fraction_of_the_loss_of_rounding(depth: int) -> None:
+    w, hessian = problem(48, 160)
+    found = values(*quantize(w, factorize(hessian), depth, RoundColumns(), BestSearch()))
+    assert loss(w, found, hessian) < 0.5 * loss(w, values(*quantize_levels(w, depth)), hessian)
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_the_largest_weights_are_never_cut_off(depth: int) -> None:
+    """However little its input matters, the unit of a very large weight is there."""
+    w, hessian = problem(48, 160)
+    hessian[40:64] *= 1e-2
+    hessian[:, 40:64] *= 1e-2
+    w[17, 50] = 3.0
+    found = values(*quantize(w, factorize(hessian), depth, RoundColumns(), BestSearch()))
+    assert found[17, 50] == pytest.approx(3.0, rel=0.2)
+
+
+def test_the_corrected_matrix_takes_back_an_error_of_its_inputs() -> None:
+    rng = np.random.default_rng(5)
+    w = rng.standard_normal((8, 24)).astype(np.float32)
+    x = rng.standard_normal((500, 24)).astype(np.float32)
+    wrong = x @ (np.eye(24) + 0.1 * rng.standard_normal((24, 24))).astype(np.float32)
+    rest = (x @ w.T - wrong @ w.T).T @ wrong
+    better = corrected(w, rest, wrong.T @ wrong, 0.001)
+    before, after = (np.square(wrong @ m.T - x @ w.T).sum() for m in (w, better))
+    assert after < 0.001 * before
+    assert np.allclose(corrected(w, 0 * rest, wrong.T @ wrong), w)
+
+
+def test_balance_acts_within_groups() -> None:
+    power = np.exp(np.random.default_rng(6).standard_normal(40) * 3)
+    factors = balanced(power)
+    assert np.allclose([np.log(factors[i : i + 16]).mean() for i in (0, 16)], 0, atol=1e-6)
+    assert np.array_equal(np.argsort(factors[:16]), np.argsort(power[:16]))
+    assert np.allclose(balanced(np.zeros(20)), 1)
+
+
+# ==== A whole model ====
+
+
+@pytest.fixture(scope="module", params=["tiny-llama-tied-bf16", "tiny-llama-bias-bf16"])
+def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Source:
+    return open_source(folder_with_tokenizer(tmp_path_factory.mktemp("source") / "model", request.param))
+
+
+def windows_of(source: Source, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(4, source.config["vocab_size"], (6, 40))
+
+
+class Stopped(Exception):
+    """What the tests stop a run with."""
+
+
+@contextmanager
+def calibration(source: Source, folder: Path, depth: int, stop: int = 0, threads: int = 2) -> Iterator[Source]:
+    def progress(done: int, total: int, what: str) -> None:
+        if done == stop:
+            raise Stopped
+
+    depths = {name: depth for name in expected_tensors(source.config) if name.endswith(MATRICES)}
+    kernels = get_kernels("numba", threads, int8=False)
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            yield Calibration(source, windows_of(source), depths, folder, kernels, pool, progress).run()
+        finally:
+            kernels.close()
+
+
+def divergence(source: Path, other: Path, windows: np.ndarray) -> float:
+    """Mean KL divergence of the predictions of two files."""
+    logs = []
+    for path in (source, other):
+        model = Model.load(path, "numpy", activations="f32")
+        logits = np.concatenate([model.forward(ids, model.new_cache(len(ids)), "all") for ids in windows])  # type: ignore[misc]
+        model.close()
+        logits = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+        logs.append(logits - np.log(np.exp(logits).sum(axis=1, keepdims=True)))
+    return float((np.exp(logs[0]) * (logs[0] - logs[1])).sum(axis=1).mean())
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_a_calibrated_model_is_nearer_to_its_source(source: Source, depth: int, tmp_path: Path) -> None:
+    base, plain, better = tmp_path / "base.trit", tmp_path / "plain.trit", tmp_path / "better.trit"
+    convert(source, base, "f32", embed="f32")
+    convert(source, plain, f"trit{depth}", embed="f32")
+    with calibration(source, tmp_path / "state", depth) as found:
+        convert(found, better, f"trit{depth}", embed="f32")
+    windows = windows_of(source)
+    limit = {1: 0.7, 2: 0.5, 4: 0.5}[depth]
+    assert divergence(base, better, windows) < limit * divergence(base, plain, windows)
+
+
+@pytest.mark.parametrize("stop", [3, 9, 12])
+def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(source: Source, stop: int, tmp_path: Path) -> None:
+    with calibration(source, tmp_path / "whole", 2, threads=1) as found:
+        convert(found, tmp_path / "whole.trit", "trit2")
+    with pytest.raises(Stopped), calibration(source, tmp_path / "state", 2, stop):
+        raise AssertionError("it should have stopped")
+    with calibration(source, tmp_path / "state", 2) as found:
+        convert(found, tmp_path / "resumed.trit", "trit2")
+    assert (tmp_path / "resumed.trit").read_bytes() == (tmp_path / "whole.trit").read_bytes()
+
+
+def test_a_finished_layer_is_not_worked_on_again(source: Source, tmp_path: Path) -> None:
+    with pytest.raises(Stopped), calibration(source, tmp_path, 2, stop=8):
+        pass
+    assert sorted(path.name for path in tmp_path.glob("layer-*")) == ["layer-0000.npz"]
+    before = (tmp_path / "layer-0000.npz").stat().st_mtime_ns
+    with calibration(source, tmp_path, 2):
+        assert (tmp_path / "layer-0000.npz").stat().st_mtime_ns == before
+
+
+def test_the_folder_of_another_conversion_is_refused(source: Source, tmp_path: Path) -> None:
+    with calibration(source, tmp_path, 2):
+        pass
+    with pytest.raises(CalibrationError, match="another conversion"), calibration(source, tmp_path, 3):
+        pass
+
+
+# ==== The text ====
+
+
+def test_windows_are_spread_over_every_text(source: Source) -> None:
+    tokenizer = make_tokenizer(source.tokenizer, source.blobs.__getitem__, str(source.path))
+    texts = ["".join(chr(97 + (i + 7 * j) % 26) for i in range(800)) for j in range(2)]
+    windows = cut_windows(tokenizer, texts, 192, ctx=16)
+    assert windows.shape == (12, 16) and (windows[:, 0] == tokenizer.bos_id).all()
+    for half, text in ((windows[:6], texts[0]), (windows[6:], texts[1])):
+        ids = tokenizer.encode(text, add_bos=False)
+        assert half[0, 1:].tolist() == ids[1:16]
+        last = len(ids) // 16 * 16
+        assert half[-1, 1:].tolist() == ids[last - 15 : last]
+
+
+def test_a_text_that_is_too_short_is_refused(source: Source) -> None:
+    tokenizer = make_tokenizer(source.tokenizer, source.blobs.__getitem__, str(source.path))
+    with pytest.raises(CalibrationError, match="less than one window of 512 tokens"):
+        cut_windows(tokenizer, ["Hello."], 4096)
+
+
+# ==== The command ====
+
+
+def test_the_command_writes_what_the_library_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = folder_with_tokenizer(tmp_path / "model")
+    text, out = tmp_path / "text.txt", tmp_path / "out.trit"
+    text.write_text("The rain in Spain stays mainly in the plain. " * 40, encoding="utf-8")
+    command = [str(folder), "-o", str(out), "--quant", "trit2", "--calibrate", str(text), "--calibrate-tokens", "1024"]
+    assert main(command) == 0
+    assert not (tmp_path / "out.trit.state").exists()
+    with open_trit(out) as file:
+        assert file.tensors["layers.0.wq"].codec == "trit2"
+        assert file.header["source"]["options"].endswith("--calibrate text.txt --calibrate-tokens 1024")
+    assert main(command) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert main([*command, "--overwrite", "--encoder", "best"]) == 2
+    assert main([*command[:4], "f16", *command[5:]]) == 2
