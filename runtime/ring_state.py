@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 MAGIC = b"TRITKV3\n"
 MAX_HEAD = 1 << 20
 MAX_LENGTH = 1 << 40  # tokens
+OPTIONS = {"capacity": "n_ctx, -c", "chunk": "n_batch, -b", "codec": "kv, --kv"}  # what a context is asked for with
 _CHUNK = 1 << 20
 
 
@@ -117,7 +118,8 @@ def _check_geometry(ring: KVRing, head: bytes) -> tuple[int, int, int]:
     expected.update(zip(("length", "oldest", "sinks"), numbers, strict=True))
     for key, value in expected.items():
         if saved[key] != value:
-            raise CacheError(f"the saved state has {key} = {saved[key]!r:.80}, this context has {value}")
+            option = f" (see {OPTIONS[key]})" if key in OPTIONS else ""
+            raise CacheError(f"the saved state has {key} = {saved[key]!r:.80}, this context has {value}{option}")
     if not all(type(n) is int for n in numbers):
         raise CacheError(f"the saved state is damaged: it counts {numbers!r:.80}")
     length, oldest, sinks = numbers

@@ -168,6 +168,11 @@ def test_a_state_of_another_geometry_is_refused(other: dict[str, Any]) -> None:
         a_full_one().load(a_full_one(**other).save())
 
 
+def test_a_state_of_another_size_says_which_option_asks_for_it() -> None:
+    with pytest.raises(CacheError, match=r"capacity = 9, this context has 8 \(see n_ctx, -c\)"):
+        a_full_one().load(a_full_one(capacity=9).save())
+
+
 def forged(ring: KVRing, head: bytes | dict[str, Any], planes: bytes | None = None) -> bytes:
     """A state with a right checksum that was made on purpose. head: the line of JSON, or what to change in it"""
     line, _, stored = ring.save()[len(MAGIC) : -4].partition(b"\n")
