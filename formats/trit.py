@@ -111,7 +111,8 @@ def unpack_rows(
 
     ids: (n,) integer
     returns: levels (n, in) int8, scale codes (n, ceil(in / 16)) uint8
-    Bytes of 243 and more, which no writer makes, give levels beyond L and codes up to 31, never an error.
+    Bytes of 243 and more, which no writer makes, give levels beyond L and codes up to 31, never an error, and the
+    same ones in every reader of ours.
     """
     ids = np.asarray(ids)
     check_ids(ids, shape)
@@ -139,18 +140,30 @@ def _join_levels(q: np.ndarray, depth: int) -> list[np.ndarray]:
     return [q[0] * 81 + q[1] * 27 + q[2] * 9 + q[3] * 3 + q[4]]
 
 
+def _digit(v: np.ndarray, weight: int) -> tuple[np.ndarray, np.ndarray]:
+    """Split a byte into its digit of that weight, at most 2, and the rest."""
+    digit = np.minimum(v // weight, 2)
+    return digit, v - digit * np.uint8(weight)
+
+
 def _split_levels(v: list[np.ndarray], depth: int) -> list[np.ndarray]:
-    """Undo `_join_levels`: `depth` uint8 arrays to five of unsigned levels."""
+    """Undo `_join_levels`."""
+    t, low = zip(*(_digit(x, 81) for x in v), strict=True)
     if depth == 4:
-        t = [x // 81 for x in v]
-        return [x % 81 for x in v] + [((t[0] * 3 + t[1]) * 3 + t[2]) * 3 + t[3]]
+        return [*low, ((t[0] * 3 + t[1]) * 3 + t[2]) * 3 + t[3]]
     if depth == 3:
-        s = [x // 27 for x in v]
-        return [x % 27 for x in v] + [s[0] + 9 * (s[2] // 3), s[1] + 9 * (s[2] % 3)]
+        u, q = zip(*(_digit(x, 27) for x in low), strict=True)
+        return [*q, 9 * t[2] + 3 * t[0] + u[0], 9 * u[2] + 3 * t[1] + u[1]]
     if depth == 2:
-        low = [x % 81 for x in v]
-        return [low[0] % 9, low[0] // 9, low[1] % 9, low[1] // 9, v[0] // 81 * 3 + v[1] // 81]
-    return [v[0] // 81, v[0] // 27 % 3, v[0] // 9 % 3, v[0] // 3 % 3, v[0] % 3]
+        (a, x), (b, y) = (_digit(x, 27) for x in low)
+        (c, q0), (d, q2) = _digit(x, 9), _digit(y, 9)
+        return [q0, 3 * a + c, q2, 3 * b + d, 3 * t[0] + t[1]]
+    levels = [t[0]]
+    rest = low[0]
+    for weight in (27, 9, 3):
+        digit, rest = _digit(rest, weight)
+        levels.append(digit)
+    return [*levels, rest]
 
 
 def _join_codes(c: np.ndarray) -> list[np.ndarray]:
@@ -162,7 +175,7 @@ def _join_codes(c: np.ndarray) -> list[np.ndarray]:
 def _split_codes(s: list[np.ndarray]) -> list[np.ndarray]:
     h = [x // 27 for x in s]
     # Bytes beyond 242 could give up to 36; the table of units has 32 entries.
-    last = [np.minimum(h[0] + 9 * (h[2] % 3), UNITS - 1), np.minimum(h[1] + 9 * (h[2] // 3), UNITS - 1)]
+    last = [(h[0] + 9 * (h[2] % 3)) % UNITS, (h[1] + 9 * (h[2] // 3)) % UNITS]
     return [x % 27 for x in s] + last
 
 

@@ -15,14 +15,17 @@ enum { WIDE = LANES == 8 ? 2 : 4 };  // tokens that are computed together, as re
 // A matrix's codec and how its values are rounded are constants wherever this is inlined.
 typedef struct { int codec, rounding; words matrix; const void *data; } source;
 
-// The scale of the NF4 block that holds the weight number `flat`, in bitsandbytes' order of rounding.
-INLINE float absmax(source w, int64_t flat) {
-    int64_t block = flat >> w.matrix[BLOCK_SHIFT];
+// The scale of a block of q8 or NF4, the latter in bitsandbytes' order of rounding.
+INLINE float scale_of(source w, int64_t block) {
+    if (w.codec == Q8) return v_read_f16((const uint16_t *)at(w.matrix[AUX], 0) + block);
     if (w.codec == NF4) return *(const float *)at(w.matrix[AUX], block * 4);
     const float *offset_and_levels = at(w.matrix[AUX3], 0);
     float nested = *(const float *)at(w.matrix[AUX2], (block >> NESTED_SHIFT) * 4);
     return offset_and_levels[1 + *(const uint8_t *)at(w.matrix[AUX], block)] * nested + offset_and_levels[0];
 }
+
+// The scale of the NF4 block that holds the weight number `flat`.
+INLINE float absmax(source w, int64_t flat) { return scale_of(w, flat >> w.matrix[BLOCK_SHIFT]); }
 
 INLINE vf as_stored(source w, vf value) {
     return w.rounding == 1 ? v_round_f16(value) : w.rounding == 2 ? v_round_bf16(value) : value;
@@ -31,7 +34,7 @@ INLINE vf as_stored(source w, vf value) {
 // 32 weights from number `flat` on (a multiple of 32); those of q8 and nf4 share one scale.
 INLINE void load32(source w, int64_t flat, vf weights[2 * PARTS]) {
     float scale = 1.0f;
-    if (w.codec == Q8) scale = v_read_f16((const uint16_t *)at(w.matrix[AUX], 0) + (flat >> 5));
+    if (w.codec == Q8) scale = scale_of(w, flat >> 5);
     if (w.codec >= NF4) scale = absmax(w, flat);
     const float *table = at(w.matrix[TABLE], 0);
     UNROLL for (int i = 0; i < 2 * PARTS; i++) {

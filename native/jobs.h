@@ -1,6 +1,6 @@
 // What all matrix products share: the job's words, the activations they read, and the outputs they write.
 //
-// Activations are copied once per product to zero-padded rows and, if int8 is wanted, quantised in blocks of 80. Pool
+// Activations are copied once per product to zero-padded rows and, if int8 is wanted, quantised in groups of 16. Pool
 // units count through all matrices of a job, UNIT_ROWS rows each. Every output is one sum over the inputs in one fixed
 // order, whatever the number of tokens or threads.
 #pragma once
@@ -10,7 +10,9 @@
 #define KERNEL(name) static int32_t name(void *result, void *error, intptr_t address, intptr_t unit)
 #define UNUSED (void)result, (void)error, (void)unit
 
-enum { BLOCK = 80, GROUPS = 5 };
+enum { GROUP = 16 };                // inputs that share one scale when activations are int8
+enum { BLOCK = 80, GROUPS = 5 };    // inputs of a trit superblock, and their groups
+enum { PADDING = 160 };             // rows of activations are padded to whole superblocks and to whole tiles of q8
 
 typedef const int64_t *words;
 
@@ -28,40 +30,42 @@ INLINE float float_of_bits(uint32_t bits) {
     return value;
 }
 
-// One block of 80 inputs as int8 with one scale, and the sums of its groups of 16.
-INLINE void quantize_block(const float *x, int8_t *quants, int32_t *sums, float *scale) {
+// 16 inputs as int8 with one scale, and their sum. evens_first: the same, in the order in which bytes hold nibbles
+INLINE void quantize_group(const float *x, int8_t *quants, int8_t *evens_first, int32_t *sum, float *scale) {
     vf top = v_abs(v_load(x));
-    for (int i = LANES; i < BLOCK; i += LANES) top = v_larger(top, v_abs(v_load(x + i)));
+    for (int i = LANES; i < GROUP; i += LANES) top = v_larger(top, v_abs(v_load(x + i)));
     float largest = largest_magnitude(top);
     float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
     *scale = largest / 127.0f;
-    for (int g = 0; g < GROUPS; g++) {
-        vi sum = {0};
-        for (int i = g * 16; i < g * 16 + 16; i += LANES) {
-            vi q = v_round(v_load(x + i) * inverse);
-            v_store_i8(quants + i, q);
-            sum += q;
-        }
-        sums[g] = 0;
-        for (int i = 0; i < LANES; i++) sums[g] += sum[i];
+    vi total = {0};
+    for (int i = 0; i < GROUP; i += LANES) {
+        vi q = v_round(v_load(x + i) * inverse);
+        v_store_i8(quants + i, q);
+        total += q;
     }
+    *sum = 0;
+    for (int i = 0; i < LANES; i++) *sum += total[i];
+    for (int i = 0; i < GROUP; i++) evens_first[i] = quants[i / 8 * 8 + i % 4 * 2 + i / 4 % 2];
 }
 
+// Groups of 16 that a padded row of activations has.
+INLINE int64_t groups_of(words job) { return (job[WIDTH] + PADDING - 1) / PADDING * (PADDING / GROUP); }
+
 // Copy one token's inputs to a zero-padded row and, if int8 is wanted, quantise it.
-// quants: (blocks, n, 80); scales: (blocks, n); sums: (blocks, n, 5)
+// quants: (2, groups, n, 16), in their order, then evens first; scales, sums: (groups, n)
 KERNEL(pack_activations) {
     UNUSED;
     words job = at(address, 0);
-    int64_t n = job[N], width = job[WIDTH], whole = job[PADDED_STRIDE] / 4;
+    int64_t n = job[N], width = job[WIDTH], groups = groups_of(job);
     float *padded = at(job[PADDED], unit * job[PADDED_STRIDE]);
     memcpy(padded, at(job[X], unit * job[X_STRIDE]), width * 4);
-    memset(padded + width, 0, (whole - width) * 4);
+    memset(padded + width, 0, (groups * GROUP - width) * 4);
     if (!job[INT8]) return 0;
-    int8_t *quants = at(job[QUANTS], unit * BLOCK);
-    int32_t *sums = at(job[SUMS], unit * GROUPS * 4);
+    int8_t *quants = at(job[QUANTS], unit * GROUP), *others = quants + groups * n * GROUP;
+    int32_t *sums = at(job[SUMS], unit * 4);
     float *scales = at(job[SCALES], unit * 4);
-    for (int64_t block = 0; block * BLOCK < width; block++)
-        quantize_block(padded + block * BLOCK, quants + block * n * BLOCK, sums + block * n * GROUPS, scales + block * n);
+    for (int64_t g = 0; g < groups; g++)
+        quantize_group(padded + g * GROUP, quants + g * n * GROUP, others + g * n * GROUP, sums + g * n, scales + g * n);
     return 0;
 }
 

@@ -71,31 +71,40 @@ INLINE void decode_units(const uint8_t *codes, const float *table, vf unit[GROUP
     unit[4] = v_lookup(table, h1 + third * 9);
 }
 
+// Add the products of a decoded superblock and one token, whose groups of activations are n apart, to its sums.
+INLINE vf add_int8(int depth, vu q[4][GROUPS], const vf unit[GROUPS], words job, int64_t n, int64_t first, vf total) {
+    int32_t offset = depth == 1 ? -1 : depth == 2 ? -4 : depth == 3 ? -13 : -40;  // levels are stored unsigned
+    vf sum = {0};
+    UNROLL for (int g = 0; g < GROUPS; g++) {
+        int64_t group = first + g * n;
+        const int8_t *x = at(job[QUANTS], group * GROUP);
+        vi exact = v_splat_i32(*(const int32_t *)at(job[SUMS], group * 4) * offset);
+        UNROLL for (int j = 0; j < 4; j++) exact = v_dot4(exact, q[j][g], v_splat_quad(x + j * 4));
+        vf scaled = v_to_f32(exact) * *(const float *)at(job[SCALES], group * 4);
+        sum = g ? v_fma(scaled, unit[g], sum) : scaled * unit[g];
+    }
+    return total + sum;
+}
+
 // total = 16 rows times the int8 activations of tokens first .. first + count - 1.
 INLINE void strip_int8(int depth, words job, const uint8_t *data, const float *table, int64_t first, int count, sums total) {
     int64_t n = job[N], blocks = (job[WIDTH] + BLOCK - 1) / BLOCK;
-    int32_t offset = depth == 1 ? -1 : depth == 2 ? -4 : depth == 3 ? -13 : -40;  // levels are stored unsigned
-    for (int64_t block = 0; block < blocks; block++, data += SUPERBLOCK(depth)) {
-        const int8_t *quants = at(job[QUANTS], (block * n + first) * BLOCK);
-        const int32_t *group_sums = at(job[SUMS], (block * n + first) * GROUPS * 4);
-        const float *scales = at(job[SCALES], (block * n + first) * 4);
-        for (int part = 0; part < ROWS; part += LANES) {
+    for (int part = 0; part < ROWS; part += LANES) {
+        const uint8_t *block = data;
+        vf alone = {0};
+        for (int i = 0; i < count; i++) v_store(&total[i][part], alone);
+        for (int64_t k = 0; k < blocks; k++, block += SUPERBLOCK(depth)) {
             vu q[4][GROUPS];
             vf unit[GROUPS];
-            UNROLL for (int j = 0; j < 4; j++) decode(depth, data + j * 64 * depth + part * 4, q[j]);
-            decode_units(data + 256 * depth + part, table, unit);
-            for (int i = 0; i < count; i++) {
-                vf sum = {0}, before = {0};
-                UNROLL for (int g = 0; g < GROUPS; g++) {
-                    vi exact = v_splat_i32(group_sums[i * GROUPS + g] * offset);
-                    UNROLL for (int j = 0; j < 4; j++)
-                        exact = v_dot4(exact, q[j][g], v_splat_quad(quants + i * BLOCK + g * 16 + j * 4));
-                    sum = v_fma(v_to_f32(exact), unit[g], sum);
-                }
-                if (block) before = v_load(&total[i][part]);
-                v_store(&total[i][part], v_fma(sum, v_splat(scales[i]), before));
-            }
+            UNROLL for (int j = 0; j < 4; j++) decode(depth, block + j * 64 * depth + part * 4, q[j]);
+            decode_units(block + 256 * depth + part, table, unit);
+            if (n == 1)  // its sums stay in registers
+                alone = add_int8(depth, q, unit, job, 1, k * GROUPS, alone);
+            else
+                for (int i = 0; i < count; i++)
+                    v_store(&total[i][part], add_int8(depth, q, unit, job, n, k * GROUPS * n + first + i, v_load(&total[i][part])));
         }
+        if (n == 1) v_store(&total[0][part], alone);
     }
 }
 

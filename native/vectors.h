@@ -20,6 +20,11 @@
 //   v_max, v_min         x > y ? x : y; x < y ? x : y
 //   v_min_u8(x, y)       of bytes
 //   v_dot4(acc, q, x)    acc + the sum of four products in each lane: q unsigned and at most 127, x signed; exact
+//   v_dot4_i8(acc, q, x) the same of signed q, as v_factor_i8 gives it, and x above -128, if I8_OFFSET times the sum
+//                        of x is added to acc
+//   v_load_tile(rows, offset, tile)    32 bytes of LANES rows, transposed: lane r of tile[j] is bytes 4 j .. 4 j + 3
+//                        of row r
+//   v_lookup_u8(table, i) table[i] for each byte, from 16 bytes; i below 16
 //   v_lookup(table, i)   table[i mod 32] for each lane, from 32 floats
 //   v_lookup16(table, i) table[i mod 16]
 //   v_load_f16(p), v_store_f16(p, x)   LANES half floats, rounded to nearest, ties to even
@@ -31,6 +36,7 @@
 //   v_quarter(x, i)      lanes 4 i .. 4 i + 3 of sixteen
 
 enum { BYTES = 4 * LANES };  // of a vector
+enum { TILE_BYTES = 32 };    // of each row of a tile
 
 #define INLINE static inline __attribute__((always_inline))
 #if defined(__clang__)

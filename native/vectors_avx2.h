@@ -21,13 +21,27 @@ typedef float v4f __attribute__((vector_size(16)));
 #define v_load_i8(p) ((vi)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)(p))))
 #define v_quarter(x, i) ((v4f)_mm256_extractf128_ps((x)[(i) / 2], (i) % 2))
 
+#define v_lookup_u8(table, i) \
+    ((vu)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)(table))), (__m256i)(i)))
+
 #if defined(__AVXVNNI__)
+// The instruction wants unsigned factors: they become q + 128.
+#define I8_OFFSET -128
+#define v_factor_i8(q) ((q) ^ 128)
+#define v_dot4_i8 v_dot4
 #define v_dot4(acc, q, x) ((vi)_mm256_dpbusd_avx_epi32((__m256i)(acc), (__m256i)(q), (__m256i)(x)))
 #else
 // The pairs cannot saturate: 2 * 127 * 127 is below 2^15, which is why q must not exceed 127.
 static inline vi v_dot4(vi acc, vu q, vu x) {
     __m256i pairs = _mm256_maddubs_epi16((__m256i)q, (__m256i)x);
     return acc + (vi)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+}
+
+// |q| times x with the sign of q. |q| may be 128, but nothing is added to that: 2 * 128 * 127 is below 2^15 too.
+#define I8_OFFSET 0
+#define v_factor_i8(q) (q)
+static inline vi v_dot4_i8(vi acc, vu q, vu x) {
+    return v_dot4(acc, (vu)_mm256_abs_epi8((__m256i)q), (vu)_mm256_sign_epi8((__m256i)x, (__m256i)q));
 }
 #endif
 
@@ -58,4 +72,23 @@ static inline void v_store_i8(int8_t *p, vi x) {
     low = _mm256_extract_epi32(bytes, 0), high = _mm256_extract_epi32(bytes, 4);
     int64_t both = (low & 0xFFFFFFFF) | high << 32;
     memcpy(p, &both, sizeof both);
+}
+
+static inline __attribute__((always_inline)) void v_load_tile(const uint8_t *const *rows, int64_t offset, vu *tile) {
+    __m256i a[8], b[8];
+    for (int i = 0; i < 8; i++) a[i] = _mm256_loadu_si256((const void *)(rows[i] + offset));
+    // A square of eight rows by eight columns: exchange blocks of one, two, then four lanes.
+    for (int i = 0; i < 8; i += 2) {
+        b[i] = _mm256_unpacklo_epi32(a[i], a[i + 1]);
+        b[i + 1] = _mm256_unpackhi_epi32(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4)
+        for (int k = 0; k < 2; k++) {
+            a[i + 2 * k] = _mm256_unpacklo_epi64(b[i + k], b[i + k + 2]);
+            a[i + 2 * k + 1] = _mm256_unpackhi_epi64(b[i + k], b[i + k + 2]);
+        }
+    for (int i = 0; i < 4; i++) {
+        tile[i] = (vu)_mm256_permute2x128_si256(a[i], a[i + 4], 0x20);
+        tile[i + 4] = (vu)_mm256_permute2x128_si256(a[i], a[i + 4], 0x31);
+    }
 }

@@ -13,6 +13,12 @@ typedef float v4f __attribute__((vector_size(16)));
 #define v_min(x, y) ((vf)_mm512_min_ps(x, y))
 #define v_min_u8(x, y) ((vu)_mm512_min_epu8((__m512i)(x), (__m512i)(y)))
 #define v_dot4(acc, q, x) ((vi)_mm512_dpbusd_epi32((__m512i)(acc), (__m512i)(q), (__m512i)(x)))
+// The instruction wants unsigned factors: they become q + 128.
+#define I8_OFFSET -128
+#define v_factor_i8(q) ((q) ^ 128)
+#define v_dot4_i8 v_dot4
+#define v_lookup_u8(table, i) \
+    ((vu)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const void *)(table))), (__m512i)(i)))
 #define v_lookup(table, i) ((vf)_mm512_permutex2var_ps(_mm512_loadu_ps(table), (__m512i)(i), _mm512_loadu_ps((table) + 16)))
 #define v_lookup16(table, i) ((vf)_mm512_permutexvar_ps((__m512i)(i), _mm512_loadu_ps(table)))
 #define v_load_f16(p) ((vf)_mm512_cvtph_ps(_mm256_loadu_si256((const void *)(p))))
@@ -31,4 +37,28 @@ static inline vi v_load_nibbles(const uint8_t *p) {
     __m512i shifts = _mm512_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24, 4, 0, 12, 8, 20, 16, 28, 24);
     __m512i bytes = _mm512_castsi128_si512(_mm_loadl_epi64((const void *)p));
     return (vi)_mm512_srlv_epi32(_mm512_permutexvar_epi32(half, bytes), shifts);
+}
+
+static inline __attribute__((always_inline)) void v_load_tile(const uint8_t *const *rows, int64_t offset, vu *tile) {
+    __m512i a[8], b[8];
+    for (int i = 0; i < 8; i++) {
+        __m256i low = _mm256_loadu_si256((const void *)(rows[i] + offset));
+        __m256i high = _mm256_loadu_si256((const void *)(rows[i + 8] + offset));
+        a[i] = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+    }
+    // Each half is a square of eight rows by eight columns: exchange blocks of one, two, then four lanes.
+    for (int i = 0; i < 8; i += 2) {
+        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4)
+        for (int k = 0; k < 2; k++) {
+            a[i + 2 * k] = _mm512_unpacklo_epi64(b[i + k], b[i + k + 2]);
+            a[i + 2 * k + 1] = _mm512_unpackhi_epi64(b[i + k], b[i + k + 2]);
+        }
+    __m512i even = _mm512_setr_epi64(0, 1, 8, 9, 4, 5, 12, 13), odd = _mm512_setr_epi64(2, 3, 10, 11, 6, 7, 14, 15);
+    for (int i = 0; i < 4; i++) {
+        tile[i] = (vu)_mm512_permutex2var_epi64(a[i], even, a[i + 4]);
+        tile[i + 4] = (vu)_mm512_permutex2var_epi64(a[i], odd, a[i + 4]);
+    }
 }

@@ -32,6 +32,20 @@ static inline vi v_dot4(vi acc, vu q, vu x) {
     return acc + (pairs << 16 >> 16) + (pairs >> 16);
 }
 
+// The factors may be any bytes: -128 * 127 * 2 does not fit 16 bits, so each product is its own.
+#define I8_OFFSET 0
+#define v_factor_i8(q) (q)
+static inline vi v_dot4_i8(vi acc, vu q, vu x) {
+    for (int k = 0; k < 32; k += 8) acc += ((vi)q << (24 - k) >> 24) * ((vi)x << (24 - k) >> 24);
+    return acc;
+}
+
+static inline vu v_lookup_u8(const uint8_t *table, vu index) {
+    vu found;
+    for (int i = 0; i < 16; i++) found[i] = table[index[i]];
+    return found;
+}
+
 static inline vf v_lookup(const float *table, vi index) {
     return (vf){table[index[0] & 31], table[index[1] & 31], table[index[2] & 31], table[index[3] & 31]};
 }
@@ -77,3 +91,11 @@ static inline void v_store_f16(uint16_t *p, vf x) {
 }
 
 #define v_quarter(x, i) ((x)[i])
+
+static inline void v_load_tile(const uint8_t *const *rows, int64_t offset, vu *tile) {
+    for (int j = 0; j < 8; j++) {
+        int32_t quads[LANES];
+        for (int r = 0; r < LANES; r++) memcpy(quads + r, rows[r] + offset + j * 4, 4);
+        memcpy(&tile[j], quads, sizeof quads);
+    }
+}

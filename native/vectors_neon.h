@@ -14,6 +14,10 @@ typedef vf v4f;
 #define v_min_u8(x, y) ((vu)vminq_u8((uint8x16_t)(x), (uint8x16_t)(y)))
 // q is at most 127, so its bytes are the same numbers when signed.
 #define v_dot4(acc, q, x) ((vi)vdotq_s32((int32x4_t)(acc), (int8x16_t)(q), (int8x16_t)(x)))
+#define I8_OFFSET 0
+#define v_factor_i8(q) (q)
+#define v_dot4_i8 v_dot4
+#define v_lookup_u8(table, i) ((vu)vqtbl1q_u8(vld1q_u8(table), (uint8x16_t)(i)))
 #define v_load_f16(p) ((vf)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const uint16_t *)(p)))))
 #define v_store_f16(p, x) vst1_u16((uint16_t *)(p), vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)(x))))
 #define v_read_f16(p) ((float)*(const __fp16 *)(p))
@@ -41,4 +45,17 @@ static inline vi v_load_nibbles(const uint8_t *p) { return (vi){p[0] >> 4, p[0] 
 
 static inline void v_store_i8(int8_t *p, vi x) {
     for (int i = 0; i < LANES; i++) p[i] = (int8_t)x[i];
+}
+
+static inline __attribute__((always_inline)) void v_load_tile(const uint8_t *const *rows, int64_t offset, vu *tile) {
+    for (int half = 0; half < 2; half++) {
+        uint32x4_t a[4];
+        for (int i = 0; i < 4; i++) a[i] = vreinterpretq_u32_u8(vld1q_u8(rows[i] + offset + half * 16));
+        // Rows 0 and 1, then 2 and 3, column by column; then pairs of columns.
+        uint32x4x2_t p = vtrnq_u32(a[0], a[1]), q = vtrnq_u32(a[2], a[3]);
+        for (int k = 0; k < 2; k++) {
+            tile[half * 4 + k] = (vu)vcombine_u32(vget_low_u32(p.val[k]), vget_low_u32(q.val[k]));
+            tile[half * 4 + k + 2] = (vu)vcombine_u32(vget_high_u32(p.val[k]), vget_high_u32(q.val[k]));
+        }
+    }
 }

@@ -8,6 +8,11 @@ enum { UNIT_ROWS = 64 };  // rows of a matrix that a pool unit computes
 enum { N, WIDTH, X, X_STRIDE, PADDED, PADDED_STRIDE, QUANTS, SUMS, SCALES, INT8, ADD, MATRICES, HEAD };
 enum { FIRST, OUT, OUT_STRIDE, OUTPUTS, DATA, TABLE, AUX, AUX2, AUX3, BLOCK_SHIFT, BIAS, ROUND, MATRIX };
 
+// The table of an NF4 matrix: sixteen levels as float32, then as integers, whose bits above the lowest LEVEL_BITS, the
+// others, and unit come at these byte offsets. LEVEL_MIDDLE << LEVEL_BITS has been added to make them unsigned.
+enum { TABLE_HIGH = 64, TABLE_LOW = 80, TABLE_UNIT = 96 };
+enum { LEVEL_BITS = 7, LEVEL_MIDDLE = 64 };
+
 // RMSNorm and SwiGLU; NORM_EPS holds a float32.
 enum { NORM_X, NORM_GAIN, NORM_OUT, NORM_DIM, NORM_EPS, NORM_WORDS };
 enum { GLU_GATE, GLU_UP, GLU_DIM, GLU_WORDS };

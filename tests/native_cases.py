@@ -14,11 +14,14 @@ import numpy as np
 
 from formats import CODECS
 from runtime.kernels import words as w
-from runtime.kernels.base import ACT_BLOCK, GROUPED
+from runtime.kernels.base import GROUP, TRITS
+from runtime.kernels.compiled_backend import nf4_table
+from runtime.kernels.numpy_backend import level_codes
 
 ROUNDING = {"float32": 0, "float16": 1, "bfloat16": 2}
 SHAPES = [(1, 1), (3, 5), (17, 83), (33, 192)]
 NF4 = {"nf4": {"nested_block": 0, "dtype": "float16"}, "nf4_nested": {"dtype": "bfloat16"}}
+NF4 |= {f"{name}_int8": {**options, "dtype": "float32"} for name, options in NF4.items()}
 
 
 class Cases:
@@ -70,14 +73,15 @@ class Cases:
 def packed(x: np.ndarray) -> dict[int, Any]:
     """Activations as pack_activations must leave them. x: (n, in) float32"""
     n, width = x.shape
-    blocks = -(-width // 160) * 2
-    padded = np.zeros((n, blocks * ACT_BLOCK), np.float32)
+    groups = -(-width // 160) * 160 // GROUP
+    padded = np.zeros((n, groups * GROUP), np.float32)
     padded[:, :width] = x
-    cut = padded.reshape(n, blocks, ACT_BLOCK).transpose(1, 0, 2)
+    cut = padded.reshape(n, groups, GROUP).transpose(1, 0, 2)
     top = np.abs(cut).max(axis=2)
     inverse = np.divide(np.float32(127), top, out=np.zeros_like(top), where=top > 0)
     quants = np.rint(cut * inverse[..., None]).astype(np.int8)
-    sums = quants.reshape(blocks, n, 5, 16).sum(axis=3, dtype=np.int32)
+    sums = quants.sum(axis=2, dtype=np.int32)
+    quants = np.stack((quants, quants.reshape(-1, 2, 4, 2).swapaxes(2, 3).reshape(quants.shape)))
     words: dict[int, Any] = {w.N: n, w.WIDTH: width, w.PADDED: padded, w.PADDED_STRIDE: padded.strides[0]}
     return words | {w.QUANTS: quants, w.SUMS: sums, w.SCALES: top / np.float32(127), w.MATRICES: 1}
 
@@ -90,10 +94,10 @@ def matrix(codec: str, shape: tuple[int, ...], parts: dict[str, np.ndarray], par
     """A matrix's words, from FIRST on."""
     rounding = ROUNDING[params.get("dtype", "float32")]
     words: dict[int, Any] = {w.OUTPUTS: shape[0], w.OUT_STRIDE: shape[0] * 4, w.ROUND: rounding}
-    if codec in GROUPED:
+    if codec in TRITS:
         return words | {w.DATA: parts["blocks"], w.TABLE: table(parts["units"])}
     if codec == "nf4":
-        words |= {w.DATA: parts["codes"], w.TABLE: table(parts["levels"]), w.AUX: parts["absmax"]}
+        words |= {w.DATA: parts["codes"], w.TABLE: nf4_table(parts["levels"]), w.AUX: parts["absmax"]}
         words[w.BLOCK_SHIFT] = params["block"].bit_length() - 1
         if params["nested_block"]:
             words[w.AUX2] = parts["nested_absmax"]
@@ -114,9 +118,13 @@ def add_product(
     expected, limit = None, 0.0
     if fill is None:
         if kernel.endswith("int8"):
-            steps = activations[w.QUANTS] * activations[w.SCALES][..., None]
+            steps = activations[w.QUANTS][0] * activations[w.SCALES][..., None]
             x = steps.transpose(1, 0, 2).reshape(n, -1)[:, : shape[1]]
-        values = CODECS[codec].dequantize(parts, shape, params).astype(np.float64)
+        exact = dict(parts)
+        if kernel.startswith("nf4") and kernel.endswith("int8"):
+            codes, unit = level_codes(parts["levels"])
+            exact["levels"] = codes.astype(np.float32) * unit
+        values = CODECS[codec].dequantize(exact, shape, params).astype(np.float64)
         expected = x @ values.T + bias
         limit = 3e-6 * (np.abs(x) @ np.abs(values).T + np.abs(bias))
     else:
@@ -146,13 +154,15 @@ def add_layers(cases: Cases, n: int, dim: int, rng: np.random.Generator) -> None
 def all_cases() -> Cases:
     """Every kernel of products and layers; the weights right, then all-zero, all-one and random bytes."""
     cases, rng = Cases(), np.random.default_rng(5)
-    for kernel in (*w.KERNELS["numba_trits"], *w.KERNELS["numba_dense"]):
+    for kernel in (*w.KERNELS["numba_trits"], *w.KERNELS["numba_dense"], *w.KERNELS["numba_int8"]):
         for shape in SHAPES:
+            if kernel.startswith("nf4") and kernel.endswith("int8"):  # whole blocks of 64
+                shape = (shape[0], -(-shape[1] // 64) * 64)
             for n in (1, 5):
                 add_product(cases, kernel, shape, n, None, rng)
             for fill in (0, 0x7F, 0xF3, 0xFF, -1):
                 add_product(cases, kernel, shape, 5, fill, rng)
-        add_product(cases, kernel, (70, 97), 66, None, rng)
+        add_product(cases, kernel, (70, 128 if kernel.startswith("nf4") else 97), 66, None, rng)
     for n, dim in ((1, 1), (3, 47), (2, 200)):
         add_layers(cases, n, dim, rng)
     return cases

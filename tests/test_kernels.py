@@ -10,7 +10,8 @@ import pytest
 
 from formats import CODECS, Tensor, TritWriter, dequantize, open_trit
 from runtime.kernels import Kernels, get_kernels
-from runtime.kernels.numpy_backend import quantize_activations
+from runtime.kernels.base import takes_int8
+from runtime.kernels.numpy_backend import int8_weights, quantize_activations
 from tests.native_library import LESSER_ISAS, ensure_native_library
 
 SHAPES = [(1, 1), (3, 5), (17, 83), (16, 80), (64, 160), (130, 192), (33, 1000)]
@@ -72,22 +73,22 @@ def test_product(matrices: Path, kernels: Kernels, codec: str, batch: int) -> No
             x = rng.standard_normal((batch, width)).astype(np.float32)
             bias = rng.standard_normal(out).astype(np.float32)
             y = rng.standard_normal((batch, out)).astype(np.float32)
-            rounded = quantize_activations(x) if kernels.int8 and codec.startswith("trit") else x
-            product = rounded.astype(np.float64) @ dequantize(tensor).astype(np.float64).T + bias
+            int8 = kernels.int8 and takes_int8(tensor)
+            rounded, weights = (quantize_activations(x), int8_weights(tensor)) if int8 else (x, dequantize(tensor))
+            product = rounded.astype(np.float64) @ weights.astype(np.float64).T + bias
             plain = np.full_like(y, np.nan)
             kernels.linear([tensor], [bias])(x, [plain])
-            size = np.abs(rounded).astype(np.float64) @ np.abs(dequantize(tensor)).T + np.abs(bias)
-            limit = SUM_ERROR * size + _int8_rounding(tensor, kernels, size)
+            size = np.abs(rounded).astype(np.float64) @ np.abs(weights).T + np.abs(bias)
+            limit = (SUM_ERROR + int8 * _unrounded(tensor)) * size
             assert (np.abs(plain - product) <= limit).all(), tensor.name
             added = y.copy()
             kernels.linear([tensor], [None])(x, [added], add=True)
             assert (np.abs(added - (product - bias + y)) <= limit + SUM_ERROR * np.abs(y)).all(), tensor.name
 
 
-def _int8_rounding(tensor: Tensor, kernels: Kernels, size: np.ndarray) -> np.ndarray:
-    """Int8 sums do not round q * unit to the half type that the file states; the relative error is that type's."""
-    relative = {"float32": 0.0, "float16": 2**-11, "bfloat16": 2**-8}[tensor.params.get("dtype", "float32")]
-    return relative * size if kernels.int8 and tensor.codec.startswith("trit") else 0.0 * size
+def _unrounded(tensor: Tensor) -> float:
+    """Int8 sums do not round weights to the half type that the file states; the relative error is that type's."""
+    return {"float32": 0.0, "float16": 2**-11, "bfloat16": 2**-8}[tensor.params.get("dtype", "float32")]
 
 
 def test_several_matrices_of_several_codecs_in_one_call(matrices: Path, kernels: Kernels) -> None:

@@ -12,11 +12,20 @@ from formats import Tensor
 from ..cache import KVRing
 from ..projections import Decoder
 
-ACT_BLOCK = 80  # inputs that share one scale when activations are int8
-GROUPED = ("trit1", "trit2", "trit3", "trit4")  # codecs whose products use int8 activations when those are wanted
+GROUP = 16  # inputs that share one scale when activations are int8
+TRITS = ("trit1", "trit2", "trit3", "trit4")
 
 Turns = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 Decoders = tuple[Decoder | None, Decoder | None]
+
+
+def takes_int8(tensor: Tensor) -> bool:
+    """Whether products with a matrix use int8 activations when those are wanted: its weights are small integers too.
+
+    NF4 rows must be made of whole blocks of 64, which the kernels take at a time; all models that we know are."""
+    if tensor.codec == "nf4":
+        return tensor.shape[1] % 64 == 0 and int(tensor.params["block"]) == 64
+    return tensor.codec in (*TRITS, "q8")
 
 
 class Linear(Protocol):

@@ -18,11 +18,11 @@ from ..cache import KVRing
 from ..errors import KernelDiffers
 from . import words as w
 from .attention_jobs import AttentionJobs
-from .base import ACT_BLOCK, GROUPED, Decoders, Turns
+from .base import GROUP, TRITS, Decoders, Turns, takes_int8
 from .exceptions import Exceptions
 from .memory import address as _address
 from .memory import aligned as _aligned
-from .numpy_backend import NumpyLinear, quantize_activations
+from .numpy_backend import NumpyLinear, level_codes, quantize_activations
 from .pool import Pool, usable_cores
 from .program import Program
 
@@ -34,17 +34,17 @@ class _Workspace:
     """Activations of one product as the kernels want them; shared by all products, grown when a larger one comes."""
 
     def __init__(self) -> None:
-        self.n, self.blocks = 0, 0
+        self.n, self.groups = 0, 0
 
     def reserve(self, n: int, width: int) -> None:
-        blocks = -(-width // 160) * 2  # both 80 and 32 divide 160: whole superblocks, whole q8 groups
-        if n <= self.n and blocks <= self.blocks:
+        groups = -(-width // 160) * 160 // GROUP  # both 80 and 32 divide 160: whole superblocks, whole q8 groups
+        if n <= self.n and groups <= self.groups:
             return
-        self.n, self.blocks = max(n, self.n), max(blocks, self.blocks)
-        self.padded = _aligned((self.n, self.blocks * ACT_BLOCK), np.float32)
-        self.quants = _aligned((self.blocks, self.n, ACT_BLOCK), np.int8)
-        self.sums = _aligned((self.blocks, self.n, 5), np.int32)
-        self.scales = _aligned((self.blocks, self.n), np.float32)
+        self.n, self.groups = max(n, self.n), max(groups, self.groups)
+        self.padded = _aligned((self.n, self.groups * GROUP), np.float32)
+        self.quants = _aligned((2, self.groups, self.n, GROUP), np.int8)
+        self.sums = _aligned((self.groups, self.n), np.int32)
+        self.scales = _aligned((self.groups, self.n), np.float32)
         self.arrays = self.padded, self.quants, self.sums, self.scales
         first, *others = (_address(array) for array in self.arrays)
         self.words = first, self.padded.strides[0], *others
@@ -79,10 +79,10 @@ class _Job:
     def _describe(self, words: np.ndarray, tensor: Tensor) -> None:
         """Fill in what depends on the codec."""
         parts, params = tensor.parts, tensor.params
-        if tensor.codec in GROUPED:
+        if tensor.codec in TRITS:
             words[w.DATA], words[w.TABLE] = _address(parts["blocks"]), self._table(parts["units"])
         elif tensor.codec == "nf4":
-            words[w.DATA], words[w.TABLE] = _address(parts["codes"]), self._table(parts["levels"])
+            words[w.DATA], words[w.TABLE] = _address(parts["codes"]), self._pin(nf4_table(parts["levels"]))
             words[w.AUX], words[w.BLOCK_SHIFT] = _address(parts["absmax"]), params["block"].bit_length() - 1
             if params["nested_block"]:
                 words[w.AUX2] = _address(parts["nested_absmax"])
@@ -101,7 +101,7 @@ class CompiledLinear:
     ) -> None:
         self.nbytes = sum(t.nbytes for t in tensors)
         self._kernels, self._width = kernels, tensors[0].shape[1]
-        self._int8 = kernels.int8 and any(t.codec in GROUPED for t in tensors)
+        self._int8 = kernels.int8 and any(map(takes_int8, tensors))
         if any(t.shape[1] != self._width for t in tensors):
             raise ValueError(f"matrices of different widths cannot share activations: {[t.name for t in tensors]}")
         by_task: dict[int, list[int]] = {}
@@ -147,10 +147,21 @@ class _Elsewhere:
 
 def _task(tensor: Tensor, int8: bool) -> tuple[str, str]:
     """Module and name of the kernel that multiplies with a matrix."""
-    if tensor.codec in GROUPED:
+    if tensor.codec in TRITS:
         return "numba_trits", f"{tensor.codec}_{'int8' if int8 else 'f32'}"
-    nested = tensor.codec == "nf4" and tensor.params["nested_block"]
-    return "numba_dense", "nf4_nested" if nested else tensor.codec
+    name = "nf4_nested" if tensor.codec == "nf4" and tensor.params["nested_block"] else tensor.codec
+    return ("numba_int8", f"{name}_int8") if int8 and takes_int8(tensor) else ("numba_dense", name)
+
+
+def nf4_table(levels: np.ndarray) -> np.ndarray:
+    """What kernels look NF4 levels up in (words.TABLE_HIGH). levels: (16,) float32"""
+    table = _aligned((_TABLE,), np.float32)
+    codes, unit = level_codes(levels)
+    codes += w.LEVEL_MIDDLE << w.LEVEL_BITS
+    table[:16], table[w.TABLE_UNIT // 4] = levels, unit
+    table.view(np.uint8)[w.TABLE_HIGH : w.TABLE_HIGH + 16] = codes >> w.LEVEL_BITS
+    table.view(np.uint8)[w.TABLE_LOW : w.TABLE_LOW + 16] = codes & (1 << w.LEVEL_BITS) - 1
+    return table
 
 
 class CompiledKernels:

@@ -1,6 +1,6 @@
 """What all matrix products share: the job's words, the activations they read, and the outputs they write.
 
-Activations are copied once per product to zero-padded rows and, if int8 is wanted, quantised in blocks of 80. Pool
+Activations are copied once per product to zero-padded rows and, if int8 is wanted, quantised in groups of 16. Pool
 units count through all matrices of a job, 64 rows each. Every output is one sum over the inputs in one fixed order,
 whatever the number of tokens or threads.
 """
@@ -11,7 +11,7 @@ import numpy as np
 from numba import njit
 
 from . import simd
-from .base import ACT_BLOCK as BLOCK
+from .base import GROUP
 from .numba_math import word
 from .simd import load_f32, read_f32, store_f32
 from .words import (
@@ -37,37 +37,43 @@ from .words import (
     X,
 )
 
+BLOCK = 80  # inputs of a trit superblock
+PADDING = 160  # rows of activations are padded to whole superblocks and to whole tiles of q8
+
+
+@njit(forceinline=True)
+def groups_of(job):
+    """Groups of 16 that a padded row of activations has."""
+    return (word(job, WIDTH) + PADDING - 1) // PADDING * (PADDING // GROUP)
+
 
 def pack_activations(job, token):
-    """Copy one token's inputs to a zero-padded row and, if int8 is wanted, quantise it in blocks of 80.
+    """Copy one token's inputs to a zero-padded row and, if int8 is wanted, quantise it in groups of 16.
 
-    quants: (blocks, n, 80) int8; scales: (blocks, n) float32; sums: (blocks, n, 5) int32 of the groups of 16."""
-    n, width = word(job, N), word(job, WIDTH)
+    quants: (2, groups, n, 16) int8, in their order, then each eight as `evens_first` orders it
+    scales: (groups, n) float32; sums: (groups, n) int32"""
+    n, width, groups = word(job, N), word(job, WIDTH), groups_of(job)
     source = word(job, X) + token * word(job, X_STRIDE)
     padded = word(job, PADDED) + token * word(job, PADDED_STRIDE)
-    whole = width // 16 * 16
-    for i in range(0, whole, 16):
+    whole = width // GROUP * GROUP
+    for i in range(0, whole, GROUP):
         store_f32(padded, i * 4, load_f32(source, i * 4))
-    for i in range(whole, width):
-        simd.write_f32(padded, i * 4, read_f32(source, i * 4))
-    for i in range(width, word(job, PADDED_STRIDE) // 4):
-        simd.write_f32(padded, i * 4, np.float32(0.0))
+    for i in range(whole, groups * GROUP):
+        simd.write_f32(padded, i * 4, read_f32(source, i * 4) if i < width else np.float32(0.0))
     if word(job, INT8) == 0:
         return
     quants, sums, scales = word(job, QUANTS), word(job, SUMS), word(job, SCALES)
-    for block in range((width + BLOCK - 1) // BLOCK):
-        at = block * n + token
-        x = padded + block * BLOCK * 4
-        top = simd.absolute(load_f32(x, 0))
-        for g in range(1, 5):
-            top = simd.larger_magnitude(top, simd.absolute(load_f32(x, g * 64)))
-        largest = simd.largest_magnitude(top)
+    other = quants + groups * n * GROUP
+    for g in range(groups):
+        at = g * n + token
+        x = load_f32(padded, g * GROUP * 4)
+        largest = simd.largest_magnitude(simd.absolute(x))
         inverse = np.float32(127.0) / largest if largest > np.float32(0.0) else np.float32(0.0)
+        q = simd.round_to_i32(x * inverse)
+        simd.store_i32_as_i8(quants, at * GROUP, q)
+        simd.store_i32_as_i8(other, at * GROUP, simd.evens_first(q))
+        simd.write_i32(sums, at * 4, simd.sum_lanes_i32(q))
         simd.write_f32(scales, at * 4, largest / np.float32(127.0))
-        for g in range(5):
-            q = simd.round_to_i32(load_f32(x, g * 64) * inverse)
-            simd.store_i32_as_i8(quants, at * BLOCK + g * 16, q)
-            simd.write_i32(sums, (at * 5 + g) * 4, simd.sum_lanes_i32(q))
 
 
 @njit(forceinline=True)

@@ -10,6 +10,7 @@ import numpy as np
 from numba import njit
 
 from . import simd
+from .base import GROUP
 from .numba_jobs import BLOCK, emit, emit_rows, matrix_of, rows_of
 from .numba_math import word
 from .simd import fma, load_f32, read_f32, read_i32, splat_f32, splat_i32, splat_quad, store_f32, to_f32
@@ -81,38 +82,58 @@ def _units(data, at, table):
 
 
 @njit(forceinline=True)
-def _group_int8(acc, q0, q1, q2, q3, unit, x, at, offset):
-    """acc + unit * (exact integer product of 16 inputs x 16 rows)."""
-    total = simd.dot4(splat_i32(offset), q0, splat_quad(x, at))
-    total = simd.dot4(total, q1, splat_quad(x, at + 4))
-    total = simd.dot4(total, q2, splat_quad(x, at + 8))
-    total = simd.dot4(total, q3, splat_quad(x, at + 12))
-    return fma(to_f32(total), unit, acc)
+def _group_int8(q, quants, sums, scales, at, offset):
+    """The exact integer product of 16 inputs x 16 rows, times the scale of the inputs.
+
+    at: number of the activations' group; offset: what to multiply the sum of the inputs with and add"""
+    x = quants + at * GROUP
+    total = simd.dot4(splat_i32(read_i32(sums, at * 4) * offset), q[0], splat_quad(x, 0))
+    total = simd.dot4(total, q[1], splat_quad(x, 4))
+    total = simd.dot4(total, q[2], splat_quad(x, 8))
+    total = simd.dot4(total, q[3], splat_quad(x, 12))
+    return to_f32(total) * splat_f32(read_f32(scales, at * 4))
 
 
 @njit(forceinline=True)
-def _strip_int8(depth, data, blocks, table, job, first, count, scratch):
-    """scratch[token] = 16 rows times the int8 activations of tokens first .. first + count - 1."""
+def _add_int8(q, units, quants, sums, scales, at, step, offset, total):
+    """total + a decoded superblock times one token's activations.
+
+    q: four vectors for each of five groups; at: number of the first group of activations; step: to the next"""
+    a, b, c, d, e = q
+    b_at, c_at, d_at, e_at = at + step, at + 2 * step, at + 3 * step, at + 4 * step
+    acc = _group_int8(a, quants, sums, scales, at, offset) * units[0]
+    acc = fma(_group_int8(b, quants, sums, scales, b_at, offset), units[1], acc)
+    acc = fma(_group_int8(c, quants, sums, scales, c_at, offset), units[2], acc)
+    acc = fma(_group_int8(d, quants, sums, scales, d_at, offset), units[3], acc)
+    return total + fma(_group_int8(e, quants, sums, scales, e_at, offset), units[4], acc)
+
+
+@njit(forceinline=True)
+def _strip_int8(depth, single, data, blocks, table, job, first, count, scratch):
+    """scratch[token] = 16 rows times the int8 activations of tokens first .. first + count - 1.
+
+    single: there is one token, whose sums stay in registers"""
     n, quants, sums, scales = word(job, N), word(job, QUANTS), word(job, SUMS), word(job, SCALES)
     offset = np.int32(-((3**depth - 1) // 2))  # levels are stored unsigned: take L * (sum of the inputs) away again
+    total = splat_f32(np.float32(0.0))
+    for i in range(count):
+        store_f32(scratch, i * 64, total)
     for block in range(blocks):
         here = data + block * (256 * depth + 48)
         a0, b0, c0, d0, e0 = _decode(depth, here, 0)
         a1, b1, c1, d1, e1 = _decode(depth, here, 64 * depth)
         a2, b2, c2, d2, e2 = _decode(depth, here, 128 * depth)
         a3, b3, c3, d3, e3 = _decode(depth, here, 192 * depth)
-        ua, ub, uc, ud, ue = _units(here, 256 * depth, table)
-        for i in range(count):
-            at = block * n + first + i
-            x, s = quants + at * BLOCK, sums + at * 20
-            acc = splat_f32(np.float32(0.0))
-            acc = _group_int8(acc, a0, a1, a2, a3, ua, x, 0, read_i32(s, 0) * offset)
-            acc = _group_int8(acc, b0, b1, b2, b3, ub, x, 16, read_i32(s, 4) * offset)
-            acc = _group_int8(acc, c0, c1, c2, c3, uc, x, 32, read_i32(s, 8) * offset)
-            acc = _group_int8(acc, d0, d1, d2, d3, ud, x, 48, read_i32(s, 12) * offset)
-            acc = _group_int8(acc, e0, e1, e2, e3, ue, x, 64, read_i32(s, 16) * offset)
-            total = load_f32(scratch, i * 64) if block else splat_f32(np.float32(0.0))
-            store_f32(scratch, i * 64, fma(acc, splat_f32(read_f32(scales, at * 4)), total))
+        q = (a0, a1, a2, a3), (b0, b1, b2, b3), (c0, c1, c2, c3), (d0, d1, d2, d3), (e0, e1, e2, e3)
+        units = _units(here, 256 * depth, table)
+        if single:
+            total = _add_int8(q, units, quants, sums, scales, block * 5, 1, offset, total)
+        else:
+            for i in range(count):
+                at, before = block * 5 * n + first + i, load_f32(scratch, i * 64)
+                store_f32(scratch, i * 64, _add_int8(q, units, quants, sums, scales, at, n, offset, before))
+    if single:
+        store_f32(scratch, 0, total)
 
 
 @njit(forceinline=True)
@@ -164,8 +185,10 @@ def _trit_unit(depth, int8, job, unit):
         strip = data + row // ROWS * blocks * (256 * depth + 48)
         for first in range(0, word(job, N), TOKENS):
             count = min(TOKENS, word(job, N) - first)
-            if int8:
-                _strip_int8(depth, strip, blocks, table, job, first, count, scratch)
+            if int8 and word(job, N) == 1:
+                _strip_int8(depth, True, strip, blocks, table, job, 0, 1, scratch)
+            elif int8:
+                _strip_int8(depth, False, strip, blocks, table, job, first, count, scratch)
             else:
                 _strip_f32(depth, strip, blocks, table, rounding, job, first, count, scratch)
             for i in range(count):

@@ -3,28 +3,55 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from formats import Tensor, dequantize
 
 from ..cache import KVRing
-from .base import ACT_BLOCK, GROUPED, Decoders, Turns
+from .base import GROUP, Decoders, Turns, takes_int8
+
+LEVEL_TOP = 8191
 
 
 def quantize_activations(x: np.ndarray) -> np.ndarray:
-    """Round to int8 in blocks of 80 with one scale each (largest magnitude / 127), and back.
+    """Round to int8 in groups of 16 with one scale each (largest magnitude / 127), and back.
 
     x: (n, in) float32
     returns: (n, in) float32
     """
     n, width = x.shape
-    blocks = np.zeros((n, -(-width // ACT_BLOCK), ACT_BLOCK), np.float32)
-    blocks.reshape(n, -1)[:, :width] = x
-    top = np.abs(blocks).max(axis=2, keepdims=True)
+    groups = np.zeros((n, -(-width // GROUP), GROUP), np.float32)
+    groups.reshape(n, -1)[:, :width] = x
+    top = np.abs(groups).max(axis=2, keepdims=True)
     inverse = np.divide(np.float32(127), top, out=np.zeros_like(top), where=top > 0)
-    levels = np.rint(blocks * inverse)
+    levels = np.rint(groups * inverse)
     return (levels * (top / np.float32(127))).reshape(n, -1)[:, :width]
+
+
+def level_codes(levels: np.ndarray) -> tuple[np.ndarray, np.float32]:
+    """NF4 levels as integers of 14 bits, which products with int8 activations use: levels = codes * unit.
+
+    The largest level is exact; no other is off by more than 2^-14 of it.
+    levels: (16,) float32
+    returns: codes (16,) int32 in -8191..8191, unit
+    """
+    top = np.abs(levels).max()
+    if not 0 < top < np.inf:
+        return np.zeros(len(levels), np.int32), top
+    return np.rint(levels * (np.float32(LEVEL_TOP) / top)).astype(np.int32), top / np.float32(LEVEL_TOP)
+
+
+def int8_weights(tensor: Tensor) -> np.ndarray:
+    """The weights that a product with int8 activations uses: the file's, NF4 with its levels rounded to 14 bits.
+
+    returns: (out, in) float32
+    """
+    if tensor.codec == "nf4":
+        codes, unit = level_codes(tensor.parts["levels"])
+        tensor = replace(tensor, parts={**tensor.parts, "levels": codes.astype(np.float32) * unit})
+    return dequantize(tensor)
 
 
 class NumpyLinear:
@@ -35,7 +62,7 @@ class NumpyLinear:
     def __call__(self, x: np.ndarray, outs: Sequence[np.ndarray], add: bool = False) -> None:
         rounded = quantize_activations(x) if self.int8 else x
         for tensor, bias, out in zip(self.tensors, self.biases, outs, strict=True):
-            product = (rounded if tensor.codec in GROUPED else x) @ dequantize(tensor).T
+            product = rounded @ int8_weights(tensor).T if self.int8 and takes_int8(tensor) else x @ dequantize(tensor).T
             if bias is not None:
                 product += bias
             out[...] = out + product if add else product

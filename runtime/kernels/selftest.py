@@ -87,12 +87,12 @@ def _leave(stamp: Path | None) -> None:
 
 def agrees(resolve: Resolve, module: str, function: str) -> bool:
     """Whether a kernel gives what the reference gives, on small odd sizes. The pool has nothing to compare."""
-    int8 = not function.endswith("_f32")
+    int8 = function.endswith("_int8") or function == "pack_activations"
     kernels, reference = CompiledKernels(resolve, 1, int8), NumpyKernels(1, int8)
     rng = np.random.default_rng(11)
     try:
         with np.errstate(all="ignore"):
-            if module in ("numba_trits", "numba_dense"):
+            if module in ("numba_trits", "numba_dense", "numba_int8"):
                 return all(_product_agrees(kernels, reference, tensor, rng) for tensor in _tensors(function, rng))
             if function == "pack_activations":
                 tensor = next(_tensors("trit4_int8", rng))
@@ -114,7 +114,7 @@ def agrees(resolve: Resolve, module: str, function: str) -> bool:
 def _tensors(function: str, rng: np.random.Generator) -> Iterator[Tensor]:
     """Small matrices of the codec that a kernel is for."""
     codec = "nf4" if function.startswith("nf4") else function.split("_")[0]
-    options = {"nested_block": 256 if function == "nf4_nested" else 0} if codec == "nf4" else {}
+    options = {"nested_block": 256 if function.startswith("nf4_nested") else 0} if codec == "nf4" else {}
     for shape in _SHAPES:
         values = rng.standard_normal(shape).astype(np.float32)
         params, parts = CODECS[codec].quantize(values, **options)

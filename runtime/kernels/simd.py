@@ -12,8 +12,13 @@ from numba import types
 from numba.extending import intrinsic
 
 from .simd_cpu import dot4 as dot4
+from .simd_cpu import dot4_i8 as dot4_i8
+from .simd_cpu import factor_i8 as factor_i8
+from .simd_cpu import i8_offset as i8_offset
 from .simd_cpu import load_f16_as_f32 as load_f16_as_f32
 from .simd_cpu import lookup as lookup
+from .simd_cpu import lookup256 as lookup256
+from .simd_cpu import lookup_u8 as lookup_u8
 from .simd_cpu import read_f16 as read_f16
 from .simd_cpu import round_bf16 as round_bf16
 from .simd_cpu import round_f16 as round_f16
@@ -31,6 +36,7 @@ from .vectors import (
     U8X64,
     call,
     const,
+    exchanged,
     f32x16,
     i32x16,
     load,
@@ -145,8 +151,36 @@ def write_f32(b: ir.IRBuilder, base: ir.Value, offset: ir.Value, value: ir.Value
     store(b, base, offset, value)
 
 
+@operation(types.void, types.intp, types.intp, types.uint8)
+def write_u8(b: ir.IRBuilder, base: ir.Value, offset: ir.Value, value: ir.Value) -> None:
+    store(b, base, offset, value)
+
+
 @operation(types.void, types.intp, types.intp, types.int32)
 def write_i32(b: ir.IRBuilder, base: ir.Value, offset: ir.Value, value: ir.Value) -> None:
+    store(b, base, offset, value)
+
+
+TILE_BYTES = 32  # of each row of a tile
+
+
+@operation(types.UniTuple(u8x64, TILE_BYTES // 4), types.intp, types.intp)
+def load_tile(b: ir.IRBuilder, rows: ir.Value, offset: ir.Value) -> ir.Value:
+    """32 bytes of sixteen rows, transposed: lane r of vector j is the four bytes 4 j .. 4 j + 3 of row r.
+
+    rows: the address of sixteen addresses; offset: to add to each"""
+    eight = ir.VectorType(I32, LANES // 2)
+    lines = [load(b, load(b, rows, ir.Constant(I64, 8 * r), I64), offset, eight) for r in range(LANES)]
+    v = [shuffle(b, low, high, list(range(LANES))) for low, high in zip(lines[:8], lines[8:], strict=True)]
+    v = exchanged(b, v)  # each half of the lanes is a square of eight rows by eight columns
+    tile = ir.Constant(ir.ArrayType(U8X64, 8), ir.Undefined)
+    for j in range(8):
+        tile = b.insert_value(tile, b.bitcast(v[j], U8X64), j)
+    return tile
+
+
+@operation(types.void, types.intp, types.intp, types.int64)
+def write_i64(b: ir.IRBuilder, base: ir.Value, offset: ir.Value, value: ir.Value) -> None:
     store(b, base, offset, value)
 
 
@@ -189,6 +223,12 @@ def to_f32(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
 def round_to_i32(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
     """Nearest integers, halves to even. The values must fit in int32."""
     return b.fptosi(call(b, "llvm.rint.v16f32", F32X16, [value]), I32X16)
+
+
+@operation(i32x16, i32x16)
+def evens_first(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """Of each eight lanes those of even number, then the others: the order in which bytes hold pairs of nibbles."""
+    return shuffle(b, x, x, [8 * half + 2 * i + odd for half in (0, 1) for odd in (0, 1) for i in range(4)])
 
 
 # ==== Arithmetic ====

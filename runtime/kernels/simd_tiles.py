@@ -8,7 +8,22 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from .vectors import F32X16, I8, I32, I32X16, LANES, const, f32x16, operation, pointer, shuffle, splat, store
+from .vectors import (
+    F32X16,
+    I8,
+    I32,
+    I32X16,
+    LANES,
+    const,
+    exchanged,
+    f32x16,
+    load,
+    operation,
+    pointer,
+    shuffle,
+    splat,
+    store,
+)
 
 _QUARTER = 4  # lanes of 128 bits
 
@@ -34,6 +49,15 @@ def sum_tile(b: ir.IRBuilder, *v: ir.Value) -> ir.Value:
     even = [k + j for g in range(0, LANES, _QUARTER) for k in (g, g + LANES) for j in (0, 2)]
     low, high = pairs
     return b.fadd(shuffle(b, low, high, even), shuffle(b, low, high, [k + 1 for k in even]))
+
+
+@operation(types.void, types.intp)
+def transpose(b: ir.IRBuilder, base: ir.Value) -> None:
+    """Transpose sixteen rows of sixteen float32 in place."""
+    at = [ir.Constant(base.type, LANES * 4 * i) for i in range(LANES)]
+    v = exchanged(b, [load(b, base, offset, F32X16) for offset in at])
+    for offset, row in zip(at, v, strict=True):
+        store(b, base, offset, row)
 
 
 @operation(types.void, types.intp, types.intp, f32x16)

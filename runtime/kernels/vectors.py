@@ -120,6 +120,19 @@ def joined(b: ir.IRBuilder, parts: list[ir.Value]) -> ir.Value:
     return parts[0]
 
 
+def exchanged(b: ir.IRBuilder, rows: list[ir.Value]) -> list[ir.Value]:
+    """Transpose squares of as many lanes as there are rows, by swapping ever larger blocks."""
+    rows, lanes, step = list(rows), rows[0].type.count, 1
+    while step < len(rows):
+        even = [lane if lane & step == 0 else lanes + lane - step for lane in range(lanes)]
+        for i in range(len(rows)):
+            if i & step == 0:
+                x, y = rows[i], rows[i + step]
+                rows[i], rows[i + step] = shuffle(b, x, y, even), shuffle(b, x, y, [lane + step for lane in even])
+        step *= 2
+    return rows
+
+
 # ==== Operators ====
 
 

@@ -12,6 +12,11 @@ CACHED, SPAN = 32, 512  # cached tokens that attention takes at a time, and that
 N, WIDTH, X, X_STRIDE, PADDED, PADDED_STRIDE, QUANTS, SUMS, SCALES, INT8, ADD, MATRICES, HEAD = range(13)
 FIRST, OUT, OUT_STRIDE, OUTPUTS, DATA, TABLE, AUX, AUX2, AUX3, BLOCK_SHIFT, BIAS, ROUND, MATRIX = range(13)
 
+# The table of an NF4 matrix: sixteen levels as float32, then as integers, whose bits above the lowest LEVEL_BITS, the
+# others, and unit come at these byte offsets. LEVEL_MIDDLE << LEVEL_BITS has been added to make them unsigned.
+TABLE_HIGH, TABLE_LOW, TABLE_UNIT = 64, 80, 96
+LEVEL_BITS, LEVEL_MIDDLE = 7, 64
+
 # RMSNorm and SwiGLU (numba_layers.py); NORM_EPS holds a float32.
 NORM_X, NORM_GAIN, NORM_OUT, NORM_DIM, NORM_EPS, NORM_WORDS = range(6)
 GLU_GATE, GLU_UP, GLU_DIM, GLU_WORDS = range(4)
@@ -45,6 +50,7 @@ KERNELS = {
     "numba_jobs": ("pack_activations",),
     "numba_trits": tuple(f"trit{depth}_{mode}" for mode in ("int8", "f32") for depth in (1, 2, 3, 4)),
     "numba_dense": ("f32", "f16", "bf16", "q8", "nf4", "nf4_nested"),
+    "numba_int8": ("q8_int8", "nf4_int8", "nf4_nested_int8"),
     "numba_layers": ("rmsnorm", "swiglu"),
     "numba_ring": ("rope", "append", "rope_append"),
     "numba_attention": ("attend_whole", "attend_pack", "attend_spans", "attend_join"),
