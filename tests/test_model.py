@@ -209,6 +209,22 @@ def test_chunked_prefill_equals_token_by_token(
     assert_close(all_logits(model, ids, n_batch=7), one_by_one, limit)
 
 
+@pytest.mark.parametrize("compiled", ["numba", "native"])
+@pytest.mark.parametrize("activations", ["f32", "int8"])
+@pytest.mark.parametrize("codec", CODECS)
+def test_chunks_and_threads_change_no_bit(codec: str, activations: str, compiled: str, made: dict[str, Path]) -> None:
+    """Token by token or in chunks of any length, on any number of threads, before and after the ring is full."""
+    if compiled == "native":
+        ensure_native_library()
+    path = shared(made, f"codec-{codec}", codec=codec, embed=codec)
+    ids, found = some_ids(90), []
+    for threads, steps, n_batch in ((1, [1], 1), (2, [90], 80), (3, [33, 1, 2, 17, 5], 64), (2, [64, 1], 16)):
+        model = Model.load(path, backend=compiled, n_threads=threads, activations=activations)
+        found.append(all_logits(model, ids, steps, n_ctx=80, n_batch=n_batch))
+        model.close()
+    assert all(np.array_equal(found[0], other) for other in found[1:])
+
+
 def test_which_logits_are_returned(backend: str, made: dict[str, Path]) -> None:
     model = load(shared(made, "plain"), backend)
     ids = some_ids(9)
