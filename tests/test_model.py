@@ -12,7 +12,7 @@ import pytest
 from formats import TensorError, TritWriter, open_trit
 from runtime.cache import KVRing
 from runtime.errors import CacheError
-from runtime.model import Model
+from runtime.model import Cancelled, Model
 from tests import reference_model, tiny
 from tests.native_library import ensure_native_library
 
@@ -341,6 +341,36 @@ def test_taking_back_tokens_is_right_or_refused(seed: int, backend: str, made: d
             continue
         ids = ids[:keep]
     assert refused < 30
+
+
+class After:
+    """A signal that is set once it has been looked at some times."""
+
+    def __init__(self, looks: int) -> None:
+        self.looks = looks
+
+    def is_set(self) -> bool:
+        self.looks -= 1
+        return self.looks < 0
+
+
+@pytest.mark.parametrize("before", [5, 12, 16, 40])
+def test_a_chunk_that_was_cancelled_between_layers(before: int, backend: str, made: dict[str, Path]) -> None:
+    """What comes next is as if it had never begun, but for what it has written over: that cannot be gone back to."""
+    path = shared(made, "plain")
+    config, weights = tiny.dequantized(path)
+    model = load(path, backend)
+    ids, more = some_ids(before), some_ids(9, seed=7)
+    cache = model.new_cache(16, sinks=3, n_batch=8)
+    model.forward(ids, cache, None)
+    with pytest.raises(Cancelled):
+        model.forward(some_ids(8, seed=6), cache, cancel=After(2))
+    assert cache.length == before
+    if before == 40:
+        with pytest.raises(CacheError, match="slid out"):
+            cache.trim(37)
+    expected = reference_model.forward(weights, config, ids + more, 16, 3)
+    assert_close(scores(model, more, cache, "all"), expected[-9:])
 
 
 def test_bad_arguments_are_refused(backend: str, made: dict[str, Path]) -> None:
