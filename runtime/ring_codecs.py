@@ -17,6 +17,7 @@ Codes of learned projections are not rotated.
 
 from __future__ import annotations
 
+import mmap
 import re
 
 import numpy as np
@@ -25,7 +26,6 @@ from .errors import CacheError
 
 CODECS = ("f32", "f16", "q8", "q4")
 LARGEST = np.float32(65504)  # of float16
-_ALIGNMENT = 64
 
 
 def side_codecs(kv: str) -> tuple[str, str]:
@@ -145,8 +145,12 @@ def _divided(x: np.ndarray, scales: np.ndarray) -> np.ndarray:
 
 
 def _aligned(shape: tuple[int, ...], dtype: type) -> np.ndarray:
-    """Zeros that begin at a cache line; pages that are never written take no memory."""
-    nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    raw = np.zeros(nbytes + _ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % _ALIGNMENT
-    return raw[start : start + nbytes].view(dtype).reshape(shape)
+    """Zeros in a mapping of their own: pages that are never written take no memory, and with the ring all go back.
+
+    np.zeros promises neither once the allocator has seen a ring go.
+    """
+    count = int(np.prod(shape))
+    # Shared, as mmap makes them, a forked child would write into its parent's.
+    flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    raw = mmap.mmap(-1, max(1, count * np.dtype(dtype).itemsize), **flags)
+    return np.frombuffer(raw, dtype, count).reshape(shape)

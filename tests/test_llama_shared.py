@@ -6,6 +6,7 @@ import gc
 import multiprocessing
 import os
 import pickle
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -82,6 +83,26 @@ def test_a_model_that_is_dropped_takes_its_threads_along(tiny_path: Path, monkey
         del found
         gc.collect()
         serving.wait_until(lambda: set(threading.enumerate()) <= before, "threads are left")
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="only Linux tells")
+def test_closing_gives_memory_back_and_an_empty_ring_takes_none(open_llama: Any) -> None:
+    def anonymous() -> int:
+        found = re.search(r"Anonymous: +(\d+) kB", Path("/proc/self/smaps_rollup").read_text())
+        assert found
+        return int(found[1]) * 1024
+
+    size = open_llama(n_ctx=200_000).cache_nbytes
+    assert size > 50e6
+    for written in (True, False):
+        before = anonymous()
+        llm = open_llama(n_ctx=200_000)
+        if written:
+            for plane in llm._session.cache.planes:
+                plane.codes[:] = 1
+        assert (anonymous() - before > size / 2) == written
+        llm.close()
+        assert abs(anonymous() - before) < size / 10
 
 
 # ==== Streams ====
