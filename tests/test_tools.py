@@ -189,6 +189,8 @@ def test_perplexity_limits_and_streams(folder: Path, capsys: pytest.CaptureFixtu
     code, out, _ = in_process(capsys, "perplexity", *args, "--stream")
     found = json.loads(out)
     assert code == 0 and found["before_wrap"]["ppl"] > 0 and found["after_wrap"]["ppl"] > 0
+    parts = found["by_position"]
+    assert [part["from"] for part in parts[:3]] == [0, CTX // 2, CTX] and parts[1]["ppl"] == found["before_wrap"]["ppl"]
 
 
 # ---- bench ------------------------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--layers", metavar="N", help="compress the N layers that bear it best, or these: 3,5,8-11")
     add("--max-ppl-increase", type=_share, metavar="F",
         help="keep as little as raises the held-out perplexity by F at most (0.03 is 3 %%)")  # fmt: skip
-    add("--tokens", type=positive, default=65536, metavar="N", help="tokens to learn from, spread over TEXT (65536)")
+    add("--tokens", type=positive, default=32768, metavar="N", help="tokens to learn from, spread over TEXT (32768)")
     add("-c", "--ctx-size", type=positive, default=512, metavar="N", help="window that the text is read in (512)")
     add("--json", action="store_true", help="print one JSON object")
 

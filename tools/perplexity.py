@@ -118,6 +118,11 @@ def stream(ids: list[int], args: argparse.Namespace) -> dict[str, Any]:
         "ppl": ppl, "stderr": stderr, "tokens": len(losses) - half,
         "before_wrap": {"ppl": before, "stderr": before_stderr},
         "after_wrap": {"ppl": after, "stderr": after_stderr},
+        "by_position": [
+            dict(zip(("from", "ppl", "stderr"), (start, *evaluate.mean_perplexity(losses[start : start + half])),
+                     strict=True))
+            for start in range(0, len(losses) - half + 1, half)
+        ],
     }  # fmt: skip
 
 
@@ -128,6 +133,8 @@ def show(found: dict[str, Any]) -> None:
     for key, name in (("before_wrap", "before the ring wraps"), ("after_wrap", "after the ring has wrapped")):
         if key in found:
             print(f"  {name}: {found[key]['ppl']:.4f} ± {found[key]['stderr']:.4f}")
+    for part in found.get("by_position", ()):
+        print(f"  from token {part['from']}: {part['ppl']:.4f} ± {part['stderr']:.4f}")
     if "kl_mean" in found:
         print(f"against {found['base']} (perplexity {found['base_ppl']:.4f}):")
         print(f"  KL divergence {found['kl_mean']:.6f} ± {found['kl_stderr']:.6f}, "
