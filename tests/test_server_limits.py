@@ -7,13 +7,17 @@ import json
 import socket
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from tests import serving
+from tests.byte_tokenizer import ByteTokenizer
 from tests.serving import Server
 
 pytest.importorskip("uvicorn")
@@ -207,3 +211,55 @@ def test_a_port_in_use_is_told_before_the_model_is_loaded(capsys: pytest.Capture
 def test_loopback() -> None:
     assert all(map(is_loopback, ("127.0.0.1", "127.9.9.9", "::1", "localhost")))
     assert not any(map(is_loopback, ("0.0.0.0", "::", "192.168.0.1", "example.org", "")))
+
+
+# ==== Anything at all ====
+
+FIELDS = ("messages", "prompt", "input", "model", "n", "stream", "stream_options", "temperature", "top_p", "top_k",
+          "min_p", "seed", "stop", "logit_bias", "logprobs", "top_logprobs", "response_format", "tools", "tool_choice",
+          "repeat_penalty", "presence_penalty", "max_completion_tokens", "content", "tokens", "overflow", "user",
+          "encoding_format", "pooling", "echo")  # fmt: skip
+LEAVES = st.one_of(
+    st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(allow_nan=False, allow_infinity=False),
+    st.text(max_size=8), st.sampled_from(["", "user", "json_object", "auto", "required", "\ud800", "\0"]),
+)  # fmt: skip
+VALUES = st.recursive(
+    LEAVES,
+    lambda inner: st.lists(inner, max_size=3)
+    | st.dictionaries(
+        st.sampled_from(["type", "function", "name", "role", "content", "json_schema", "schema", "1", "x"]), inner,
+        max_size=3,
+    ),
+    max_leaves=6,
+)  # fmt: skip
+GOOD: dict[str, Any] = {"messages": HI, "prompt": "x", "input": "x", "content": "x", "tokens": [1]}
+
+
+@pytest.fixture(scope="module")
+def fuzzed(tiny_path: Path) -> Iterator[Server]:
+    from runtime import Llama
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("runtime.engine.load_tokenizer", lambda file: ByteTokenizer(eos=["<|im_end|>"]))
+        llm = Llama(tiny_path, backend="numpy", n_ctx=64, activations="f32", chat_format="llama3")
+        with serving.in_thread(llm, parallel=1) as server:
+            yield server
+
+
+@pytest.mark.parametrize(
+    ("path", "own"),
+    [("/v1/chat/completions", "messages"), ("/v1/completions", "prompt"), ("/v1/embeddings", "input"),
+     ("/tokenize", "content"), ("/detokenize", "tokens")],
+)  # fmt: skip
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(changes=st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=3))
+def test_no_request_makes_the_server_fail(fuzzed: Server, path: str, own: str, changes: dict[str, Any]) -> None:
+    limit = {"max_tokens": 2} if path.endswith("completions") and "max_completion_tokens" not in changes else {}
+    if isinstance(changes.get("max_completion_tokens"), int):
+        changes["max_completion_tokens"] = min(changes["max_completion_tokens"], 2)
+    status, headers, raw = fuzzed.ask("POST", path, {own: GOOD[own], **limit, **changes})
+    assert status in (200, 400, 404), raw
+    if status != 200:
+        assert json.loads(raw)["error"]["message"]
+    elif headers["content-type"].startswith("text/event-stream"):
+        assert raw.endswith(b"data: [DONE]\n\n")
