@@ -135,8 +135,9 @@ def _answer_once(llm: Llama, console: Console, args: argparse.Namespace, prompt:
         console.write(json.dumps(_as_json(llm, job, text)) + "\n")
     else:
         text, ids = console.stream(llm, job, cancel)
-    if args.session is not None:
+    if text or job.stats.finish_reason != "cancelled":
         talk.answered(text, ids)
+    if args.session is not None:
         talk.save(llm, args.session)
     console.say(stats_line(llm, job.stats))
     return 130 if job.stats.finish_reason == "cancelled" else 0

@@ -73,9 +73,10 @@ class Conversation:
         return llm.load_session(path, read)
 
     def to_json(self) -> dict[str, Any]:
-        """Return a JSON object for a session file."""
-        messages = [[m.role, m.content, list(m.ids)] for m in self.messages]
-        return {"chat": self.chat, "system": self.system, "messages": messages, "texts": self.texts}
+        """Return a JSON object for a session file. A question without an answer is left out."""
+        whole = len(self.turns) // 2 * 2
+        messages = [[m.role, m.content, list(m.ids)] for m in self.messages[:whole]]
+        return {"chat": self.chat, "system": self.system, "messages": messages, "texts": self.texts[:whole]}
 
     @classmethod
     def from_json(cls, value: Any, vocab_size: int) -> Conversation:
