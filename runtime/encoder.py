@@ -23,9 +23,9 @@ def fast_encoder(n_threads: int | None = None, name: str = "v2") -> Iterator[Enc
     name: "v2" quantises as tritllm v2 does, byte for byte; "best" fits the units to each matrix
     """
     try:
+        from .kernels.cores import usable_cores
         from .kernels.numba_best import encode_best
         from .kernels.numba_encode import encode
-        from .kernels.pool import usable_cores
     except ImportError:
         yield ENCODERS[name]
         return

@@ -23,7 +23,7 @@ from runtime.cli import ArgumentParser, UserError, run
 from runtime.config import ModelConfig
 from runtime.encoder import ENCODERS, fast_encoder
 from runtime.kernels import get_kernels
-from runtime.kernels.pool import usable_cores
+from runtime.kernels.cores import usable_cores
 from runtime.options import defaults_of_file
 from runtime.progress import Bar
 from runtime.sizes import kv_bytes_per_token

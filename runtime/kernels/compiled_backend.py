@@ -19,11 +19,12 @@ from ..errors import KernelDiffers
 from . import words as w
 from .attention_jobs import AttentionJobs
 from .base import GROUP, TRITS, Decoders, Turns, takes_int8
+from .cores import usable_cores
 from .exceptions import Exceptions
 from .memory import address as _address
 from .memory import aligned as _aligned
 from .numpy_backend import NumpyLinear, level_codes, quantize_activations
-from .pool import Pool, usable_cores
+from .pool import Pool
 from .program import Program
 
 _ROUNDING = {"float32": 0, "float16": 1, "bfloat16": 2}

@@ -30,18 +30,6 @@ _KERNEL = ctypes.CFUNCTYPE(ctypes.c_int32, *[ctypes.c_ssize_t] * 4)
 _PATIENCE = 1e-3  # seconds that a short job waits for workers to wake
 
 
-def usable_cores() -> int:
-    """Cores that this process may use: its affinity, limited by a cgroup's CPU quota (Linux, cgroup v2)."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        with open("/sys/fs/cgroup/cpu.max", encoding="ascii") as file:
-            quota, period = file.read().split()
-        cores = min(cores, max(1, int(quota) // int(period)))
-    except (OSError, ValueError):  # no cgroup, or "max": no limit
-        pass
-    return cores
-
-
 @cache
 def _yield() -> int:
     """The address of the system's function that lets other threads have the core."""
