@@ -34,6 +34,11 @@ def natural_list(text: str) -> list[int]:
 def add_model_arguments(parser: argparse.ArgumentParser, threads: bool = True) -> None:
     """Add the model and how to run it; without `threads` the command defines -t itself."""
     parser.add_argument("model", metavar="FILE.trit", help="the model")
+    add_run_arguments(parser, threads)
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, threads: bool = True) -> None:
+    """Add how to run models."""
     if threads:
         parser.add_argument("-t", "--threads", type=positive, metavar="N", help="threads (default: all cores allowed)")
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="kernels to run on (auto)")

@@ -5,7 +5,10 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+
+import numpy as np
 
 from runtime.cli import UserError
 
@@ -23,7 +26,7 @@ class LlamaCpp:
         try:
             import llama_cpp as api
         except ImportError:
-            raise UserError("--against needs llama.cpp: pip install llama-cpp-python") from None
+            raise UserError(f"{path}: running it needs llama.cpp: pip install llama-cpp-python") from None
         self._api: Any = api
         self._quiet = api.llama_log_callback(lambda *_: None)  # kept alive: the library calls it at any time
         api.llama_log_set(self._quiet, ctypes.c_void_p(0))
@@ -51,3 +54,69 @@ class LlamaCpp:
         """Give its memory back."""
         self._api.llama_free(self._context)
         self._api.llama_model_free(self._model)
+
+
+class LlamaCppModel(LlamaCpp):
+    """A GGUF model as `runtime.evaluate` takes one: it gives the scores of windows."""
+
+    def __init__(self, path: str, threads: int, n_ctx: int) -> None:
+        super().__init__(path, threads, n_ctx, [])
+        vocab = self._api.llama_model_get_vocab(self._model)
+        self.config = SimpleNamespace(vocab_size=self._api.llama_vocab_n_tokens(vocab))
+        self._n_ctx = n_ctx
+
+    def new_cache(self, n_ctx: int) -> LlamaCppModel:
+        """There is one context, the model's own."""
+        assert n_ctx <= self._n_ctx
+        return self
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self._depth = 0
+        self._api.llama_memory_clear(self._api.llama_get_memory(self._context), True)
+
+    def forward(self, ids: np.ndarray, cache: LlamaCppModel, logits: str | None = None) -> np.ndarray | None:
+        """Append tokens. ids: (n,) integer; returns: (n, vocab_size) float32 for "all", else None"""
+        n = len(ids)
+        batch = self._api.llama_batch_init(n, 0, 1)
+        try:
+            batch.n_tokens = n
+            for i, token in enumerate(ids):
+                batch.token[i], batch.pos[i], batch.n_seq_id[i] = int(token), self._depth + i, 1
+                batch.seq_id[i][0], batch.logits[i] = 0, logits == "all"
+            if self._api.llama_decode(self._context, batch):
+                raise RuntimeError("llama.cpp could not evaluate the tokens")
+        finally:
+            self._api.llama_batch_free(batch)
+        self._depth += n
+        if logits != "all":
+            return None
+        return np.ctypeslib.as_array(self._api.llama_get_logits(self._context), (n, self.config.vocab_size)).copy()
+
+
+def gguf_bits(path: Path) -> float:
+    """Give the bits per weight of the matrices of a GGUF file's layers."""
+    from gguf import GGUFReader
+
+    matrices = [t for t in GGUFReader(path).tensors if t.name.startswith("blk.") and len(t.shape) == 2]
+    return 8 * sum(int(t.n_bytes) for t in matrices) / max(sum(int(t.n_elements) for t in matrices), 1)
+
+
+def k_quant(source: Path, name: str, target: Path) -> None:
+    """Have llama.cpp quantise a GGUF file. name: one of its types, such as Q4_K_M
+
+    Raises UserError if there is no such type, llama.cpp is not installed, or it fails.
+    """
+    try:
+        import llama_cpp as api
+    except ImportError:
+        raise UserError("--k-quants needs llama.cpp: pip install llama-cpp-python") from None
+    kind = getattr(api, f"LLAMA_FTYPE_MOSTLY_{name.upper()}", None)
+    if kind is None:
+        raise UserError(f"llama.cpp has no quantisation {name!r}; it has Q2_K, Q3_K_M, Q4_K_M, IQ4_XS and others")
+    quiet = api.llama_log_callback(lambda *_: None)
+    api.llama_log_set(quiet, ctypes.c_void_p(0))
+    params = api.llama_model_quantize_default_params()
+    params.ftype, params.allow_requantize, params.quantize_output_tensor = kind, True, False
+    if api.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(params)):
+        raise UserError(f"{source}: llama.cpp could not make {name} of it")

@@ -1,0 +1,74 @@
+"""Files of one model beside each other."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from formats.convert import convert
+from formats.source import open_source
+from tests import tiny
+from tools import compare, peers
+from tools.compare import main
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model in three codecs, and a text."""
+    folder = tmp_path_factory.mktemp("compare")
+    source = open_source(tiny.folder_with_tokenizer(folder / "source"))
+    for quant in ("f16", "trit4", "trit1"):
+        convert(source, folder / f"{quant}.trit", quant)
+    (folder / "text.txt").write_text("In the beginning was the word. " * 12, encoding="utf-8")
+    return folder
+
+
+def arguments(folder: Path, *more: str) -> list[str]:
+    files = [str(folder / f"{quant}.trit") for quant in ("f16", "trit4", "trit1")]
+    return [*files, "-f", str(folder / "text.txt"), "-c", "32", "--chunks", "2", "--backend", "numpy", *more]
+
+
+def test_more_bits_are_nearer_to_the_base(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments(folder, "--json")) == 0
+    points = json.loads(capsys.readouterr().out)["points"]
+    assert [p["name"] for p in points] == ["trit1.trit", "trit4.trit", "f16.trit"]
+    assert points[0]["bpw"] < points[1]["bpw"] < points[2]["bpw"] == 16
+    assert points[0]["kl_mean"] > 10 * points[1]["kl_mean"] > 0
+    assert points[2]["kl_mean"] is None
+    assert points[2]["nbytes"] == (folder / "f16.trit").stat().st_size
+
+
+def test_the_table_has_a_line_for_each_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments(folder, "--kl", str(folder / "trit4.trit"))) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5 and lines[2].startswith("| trit1.trit |")
+    assert lines[3].startswith("| trit4.trit |") and lines[3].endswith("| - | - |")  # nothing is held against itself
+
+
+def test_the_picture(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    assert main(arguments(folder, "--plot", str(tmp_path / "out.png"))) == 0
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_missing_is_said_before_anything_is_measured(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*args: object) -> None:
+        raise AssertionError("it measured")
+
+    monkeypatch.setattr(compare.evaluate, "perplexity", never)
+    monkeypatch.setattr(compare, "find_spec", lambda name: None)
+    assert main(arguments(folder, "--plot", str(tmp_path / "out.png"))) == 2
+    assert "pip install tritllama[plot]" in capsys.readouterr().err
+    assert main(arguments(folder, "--k-quants", "Q4_K_M")) == 2
+    assert "needs a .gguf file" in capsys.readouterr().err
+    assert main(["no.gguf", "-f", str(folder / "text.txt")]) == 2
+
+
+def test_an_unknown_k_quant_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp")
+    with pytest.raises(peers.UserError, match="no quantisation 'Q9_Z'"):
+        peers.k_quant(tmp_path / "a.gguf", "Q9_Z", tmp_path / "b.gguf")
