@@ -169,7 +169,7 @@ def test_moments_are_those_of_the_model(model: Path) -> None:
     [(("--rank", WIDTH), f"has {WIDTH} numbers"), (("--layers", "9"), "there are 2 layers"),
      (("--ratio", "1.5"), "between 0 and 1"),
      (("--ratio", "0.5", "--max-ppl-increase", "0.1"), "two budgets"), (("-c", 500), "it takes"),
-     (("-c", 4000), "give a longer text")],
+     (("-f", "nowhere.txt"), "No such file")],
     ids=str,
 )  # fmt: skip
 def test_bad_arguments(

@@ -44,7 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this command to a parser."""
     add_model_arguments(parser)
     add = parser.add_argument
-    add("-f", "--file", required=True, metavar="TEXT", help="a text to learn from, in UTF-8; some of it is held out")
+    add("-f", "--file", required=True, nargs="+", metavar="TEXT",
+        help="texts to learn from, in UTF-8, the more kinds the better; some of each is held out")  # fmt: skip
     add("-o", "--output", required=True, metavar="OUT.trit", help="the file to write")
     add("--overwrite", action="store_true", help="replace OUT.trit if it exists")
     add("--side", choices=("v", "k"), default="v", help="compress values (default) or keys")
@@ -177,13 +178,15 @@ def write(file: TritFile, learned: Sequence[Learned], path: str, overwrite: bool
 
 
 def windows_of(model: Model, args: argparse.Namespace) -> tuple[list[Ids], list[Ids]]:
-    """Cut the text into windows to learn from and windows held out, both spread over all of it."""
+    """Cut the texts into windows to learn from and windows held out, both spread over all of them."""
     tokenizer = load_tokenizer(model.file)
-    ids = tokenizer.encode(read_text(args.file), add_bos=tokenizer.add_bos)
-    windows = evaluate.cut_windows(ids, args.ctx_size, tokenizer.bos_id if tokenizer.add_bos else None)
-    if len(windows) < MIN_WINDOWS:
-        least = MIN_WINDOWS * args.ctx_size
-        raise UserError(f"{args.file}: the text has {len(ids)} tokens; it takes {least} at least")
+    windows: list[Ids] = []
+    for path in args.file:
+        ids = tokenizer.encode(read_text(path), add_bos=tokenizer.add_bos)
+        if len(ids) < MIN_WINDOWS * args.ctx_size:
+            least = MIN_WINDOWS * args.ctx_size
+            raise UserError(f"{path}: the text has {len(ids)} tokens; it takes {least} at least")
+        windows += evaluate.cut_windows(ids, args.ctx_size, tokenizer.bos_id if tokenizer.add_bos else None)
     count = min(len(windows), max(MIN_WINDOWS, args.tokens // args.ctx_size))
     windows = [windows[i] for i in np.linspace(0, len(windows) - 1, count).astype(int)]
     held_out = {int(i) for i in np.linspace(1, count - 2, min(HELD_OUT, count // 3))}
