@@ -12,21 +12,23 @@ from formats.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from .chat_pieces import ChatFormatError as ChatFormatError
-    from .engine import BusyError as BusyError
     from .errors import CacheError as CacheError
     from .errors import LogitsError as LogitsError
     from .llama import Llama as Llama
+    from .model import Cancelled as Cancelled
     from .sampler import OptionError as OptionError
+    from .sharing import BusyError as BusyError
     from .window import ContextOverflowError as ContextOverflowError
 
 _PLACES = {
-    "Llama": "llama", "BusyError": "engine", "CacheError": "errors", "ChatFormatError": "chat_pieces",
-    "ContextOverflowError": "window", "LogitsError": "errors", "OptionError": "sampler",
+    "Llama": "llama", "BusyError": "sharing", "CacheError": "errors", "Cancelled": "model",
+    "ChatFormatError": "chat_pieces", "ContextOverflowError": "window", "LogitsError": "errors",
+    "OptionError": "sampler",
 }  # fmt: skip
 
 __all__ = [
-    "BusyError", "CacheError", "ChatFormatError", "ContextOverflowError", "Llama", "LogitsError", "OptionError",
-    "__version__",
+    "BusyError", "CacheError", "Cancelled", "ChatFormatError", "ContextOverflowError", "Llama", "LogitsError",
+    "OptionError", "__version__",
 ]  # fmt: skip
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +15,6 @@ from . import budget
 from .chat_format import ChatFormat, ChatFormatError, select_format
 from .chat_pieces import Message
 from .constraint import vocabulary
-from .fair_lock import FairLock
 from .generate import DEFAULT_SINKS, Criterion, Run, Session, Stats, TextPiece, common_length, generate_text
 from .model import Model, Signal
 from .options import (
@@ -33,6 +31,7 @@ from .options import (
     ring_codec,
 )
 from .sampler import OptionError, Processor, Sampler
+from .sharing import BusyError, Turns, Users
 from .tokenizer import load_tokenizer
 from .window import check_length, fit, overflow_error
 
@@ -44,28 +43,6 @@ Progress = Callable[[int, int], None]
 Self = TypeVar("Self", bound="Engine")
 
 
-class BusyError(RuntimeError):
-    """The thread that asks is itself in the middle of an answer: waiting for it would never end."""
-
-
-class _Users:
-    """Counts the contexts over a model. The last that closes, or is dropped, gives the model back."""
-
-    def __init__(self, model: Model) -> None:
-        self._model, self._count = model, 0
-        self._lock = threading.RLock()  # a garbage collection may drop one context while another is counted
-
-    def add(self) -> None:
-        with self._lock:
-            self._count += 1
-
-    def remove(self) -> None:
-        with self._lock:
-            self._count -= 1
-            if not self._count:
-                self._model.close()
-
-
 class Engine:
     """A model, its tokenizer and chat format, one context, and a lock that lets one call at a time use it.
 
@@ -74,7 +51,6 @@ class Engine:
     """
 
     _session: Session
-    _owner: int | None
     _closed: bool
 
     def __init__(
@@ -116,7 +92,7 @@ class Engine:
             codecs = codecs if kv == "auto" else (ring_codec(kv),)
             plans = budget.plans(self.model.file, self.config, self.n_ctx, n_batch, codecs, self.model.modules)
             self._kv, self.memory = budget.choose(plans, force)
-            self._n_batch, self._users = n_batch, _Users(self.model)
+            self._n_batch, self._users = n_batch, Users(self.model)
             self._vocabularies: dict[frozenset[int], Any] = {}
             self._open_session()
         except BaseException:
@@ -224,7 +200,7 @@ class Engine:
         with self._exclusive():
             for piece in generate_text(self._session, self.tokenizer, run):
                 yield piece
-                self._owner = threading.get_ident()
+                self._turns.hand_over()
 
     def vocabulary(self, ends: frozenset[int]) -> Any:
         """Return the tokenizer as answers in JSON need it; ends: ids that end an answer. Raises OptionError."""
@@ -296,9 +272,7 @@ class Engine:
     # ==== Private ====
 
     def _open_session(self) -> None:
-        self._lock = FairLock()
-        self._owner = None
-        self._pid = os.getpid()
+        self._turns = Turns()
         self._closed = False
         self._session = Session(self.model, self.n_ctx, self._n_batch, self._kv)
         self._users.add()
@@ -321,20 +295,11 @@ class Engine:
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
         """Hold the session; others wait. A thread that waited for its own stream would never wake."""
-        me = threading.get_ident()
-        if self._owner == me:
-            raise BusyError("an answer is still being streamed: read it to its end or close its iterator")
-        with self._lock:
+        with self._turns.take() as cut_off:
             self._check_open()
-            if self._pid != os.getpid():
-                self._pid = os.getpid()
-                if self._owner is not None:  # a fork in the middle of another thread's call
-                    self._session.reset()
-            self._owner = me
-            try:
-                yield
-            finally:
-                self._owner = None
+            if cut_off:
+                self._session.reset()
+            yield
 
     def _check_open(self) -> None:
         if self._closed:

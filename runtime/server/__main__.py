@@ -91,6 +91,7 @@ def _main(argv: list[str]) -> int:
             server_header=False, proxy_headers=False, limit_concurrency=MOST_CONNECTIONS, timeout_keep_alive=30,
             timeout_graceful_shutdown=SHUTDOWN_SECONDS, h11_max_incomplete_event_size=LONGEST_HEADERS,
         )  # fmt: skip
+        bound.listen(MOST_CONNECTIONS)  # who reads the next line may connect at once
         host, port = bound.getsockname()[:2]
         print(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}", file=sys.stderr, flush=True)
         uvicorn.Server(config).run(sockets=[bound])
