@@ -64,7 +64,7 @@ class Calibration:
     def run(self) -> Source:
         """Quantise every layer that is not finished.
 
-        returns: the source with its matrices carried as trits, and its norms as they have to be for these
+        returns: the source with its matrices carried as trits
         """
         streams = None
         for i in range(self._config.n_layers):
@@ -109,7 +109,7 @@ class Calibration:
         after = self._streams(i + 1)
         for worked, kept in zip(run.run(*before), after, strict=True):
             os.replace(worked.path, kept.path)
-        values = {**run.gains}
+        values: dict[str, np.ndarray] = {}
         for name, (levels, codes, units) in run.rounded.items():
             values |= {
                 f"{name}.units": units,
@@ -156,19 +156,10 @@ class Calibration:
 
     def _carrying(self) -> Source:
         tensors = dict(self._source.tensors)
-        for i in range(self._config.n_layers):
-            file = self._layer_file(i)
-            with np.load(file) as values:
-                keys = set(values.files)
-            for key in keys:
-                matrix = key.removesuffix(".units")
-                if matrix != key:
-                    name = f"layers.{i}.{matrix}"
-                    carried = Carried(f"trit{self._depths[name]}", PARAMS, _parts_reader(file, matrix))
-                    tensors[name] = replace(tensors[name], carried=carried)
-                elif not key.endswith(".blocks"):
-                    name = f"layers.{i}.{key}"
-                    tensors[name] = replace(tensors[name], read_rows=_gain_reader(file, key))
+        for name, depth in self._depths.items():
+            layer, matrix = name.removeprefix("layers.").split(".")
+            carried = Carried(f"trit{depth}", PARAMS, _parts_reader(self._layer_file(int(layer)), matrix))
+            tensors[name] = replace(tensors[name], carried=carried)
         return replace(self._source, tensors=tensors)
 
 
@@ -176,13 +167,5 @@ def _parts_reader(file: Path, matrix: str) -> Callable[[], dict[str, np.ndarray]
     def read() -> dict[str, np.ndarray]:
         with np.load(file) as values:
             return {part: values[f"{matrix}.{part}"] for part in ("units", "blocks")}
-
-    return read
-
-
-def _gain_reader(file: Path, name: str) -> Callable[[int, int], np.ndarray]:
-    def read(start: int, stop: int) -> np.ndarray:
-        with np.load(file) as values:
-            return np.asarray(values[name][start:stop])
 
     return read

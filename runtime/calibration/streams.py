@@ -56,20 +56,6 @@ class Forward:
         self._kernels.rmsnorm(x, gain, self.config.norm_eps, out)
         return out
 
-    def made_by(self, maker: str) -> np.ndarray:
-        """Which output of `maker`, "wv" or "w3", makes which input of the matrix that ends its half: (in,) integer"""
-        config = self.config
-        if maker == "w3":
-            return np.arange(config.hidden_dim)
-        heads = np.arange(config.n_kv_heads).repeat(config.n_heads // config.n_kv_heads)
-        return (heads[:, None] * config.head_dim + np.arange(config.head_dim)).reshape(-1)
-
-    def inner(
-        self, maker: str, x: np.ndarray, matrices: Sequence[np.ndarray], biases: Sequence[np.ndarray | None]
-    ) -> np.ndarray:
-        """Do what lies between the first matrices of a half and its last: `attended` for "wv", `gated` for "w3"."""
-        return (self.attended if maker == "wv" else self.gated)(x, matrices, biases)
-
     def attended(
         self, x: np.ndarray, matrices: Sequence[np.ndarray], biases: Sequence[np.ndarray | None]
     ) -> np.ndarray:
