@@ -75,13 +75,14 @@ INLINE void strip(int codec, int single, words job, words matrix, const lines *r
     float scale[TILES][LANES];
     vf alone = {0};
     for (int i = 0; i < count; i++) total[i] = alone;
+    const uint8_t *ahead = rows->data[0] + LANES * tiles * TILE_BYTES;
     for (int64_t t = 0; t < tiles; t++) {
         if (t % TILES == 0) tile_scales(codec, matrix, rows, t, min_of(TILES, tiles - t), scale);
         vf factor = v_load(scale[t % TILES]);
         vu tile[8];
         v_load_tile(rows->data, t * TILE_BYTES, tile);
-        if (single && t % 2 == 0)  // too many streams for the hardware to follow: the same place of the next rows
-            UNROLL for (int r = 0; r < LANES; r++) __builtin_prefetch(rows->data[r] + (t + 16 * tiles) * TILE_BYTES);
+        // The hardware cannot follow as many rows: ask for the next ones, in the order of their bytes.
+        if (single) ask_for(ahead + t * LANES * TILE_BYTES, LANES * TILE_BYTES);
         for (int half = 0; half < inputs / 32; half++) {
             weights32 w = weights_of(codec, tile + half * 4, table);
             int64_t group = (t * inputs + half * 32) / GROUP;

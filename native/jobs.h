@@ -76,6 +76,11 @@ INLINE words matrix_of(words job, int64_t unit) {
     return matrix;
 }
 
+// Ask for memory that will be read soon, wherever it lies: the hardware alone does not look far enough ahead.
+INLINE void ask_for(const uint8_t *bytes, int64_t count) {
+    UNROLL for (int64_t i = 0; i < count; i += 64) __builtin_prefetch(bytes + i);
+}
+
 INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 

@@ -7,6 +7,7 @@
 #include "jobs.h"
 
 enum { ROWS = 16, TOKENS = 256 };  // rows of a strip; tokens that share one decoding of the weights
+enum { AHEAD = 8192 };             // bytes between what is read and what is asked for
 
 typedef float sums[TOKENS][ROWS];
 
@@ -98,11 +99,13 @@ INLINE void strip_int8(int depth, words job, const uint8_t *data, const float *t
             vf unit[GROUPS];
             UNROLL for (int j = 0; j < 4; j++) decode(depth, block + j * 64 * depth + part * 4, q[j]);
             decode_units(block + 256 * depth + part, table, unit);
-            if (n == 1)  // its sums stay in registers
+            if (n == 1) {  // its sums stay in registers
+                if (part == 0) ask_for(block + AHEAD, SUPERBLOCK(depth));
                 alone = add_int8(depth, q, unit, job, 1, k * GROUPS, alone);
-            else
+            } else {
                 for (int i = 0; i < count; i++)
                     v_store(&total[i][part], add_int8(depth, q, unit, job, n, k * GROUPS * n + first + i, v_load(&total[i][part])));
+            }
         }
         if (n == 1) v_store(&total[0][part], alone);
     }

@@ -121,7 +121,7 @@ class Model:
     ) -> Model:
         """Open a .trit file and check all that the forward pass will need.
 
-        activations: "int8" rounds what trit matrices are multiplied with to int8 blocks; "f32" is exact
+        activations: "int8" rounds what trit, nf4 and q8 matrices are multiplied with to groups of int8; "f32" is exact
         kv: the codec of contexts that are asked for without one
         Raises FormatError, ConfigError or BackendError, each in one line that says what to do.
         """

@@ -15,7 +15,7 @@ from .base import GROUP
 from .numba_dense import NESTED_SHIFT, NF4, NF4_NESTED, Q8
 from .numba_jobs import emit, emit_rows, groups_of, matrix_of, rows_of
 from .numba_math import word
-from .simd import fma, load_f32, read_f32, read_i32, read_i64, splat_f32, splat_i32, splat_quad, store_f32, to_f32
+from .simd import fma, load_f32, read_f32, read_i32, splat_f32, splat_i32, splat_quad, store_f32, to_f32
 from .simd_tiles import keep_lanes, prefetch, transpose
 from .words import (
     AUX,
@@ -128,14 +128,15 @@ def _strip(codec, single, job, matrix, row, last, first, count, scratch):
     total = splat_f32(np.float32(0.0))
     for i in range(count):
         store_f32(scratch, i * 64, total)
+    ahead = word(matrix, DATA) + (row + ROWS) * tiles * simd.TILE_BYTES
     for tile in range(tiles):
         if tile % TILES == 0:
             _scales(codec, matrix, row, last, tiles, tile, scratch + ROW_SCALES)
         factor = load_f32(scratch + ROW_SCALES, tile % TILES * 64)
         v = simd.load_tile(scratch + ADDRESSES, tile * simd.TILE_BYTES)
-        if single and tile & 1 == 0:
-            for r in range(ROWS):
-                prefetch(read_i64(scratch + ADDRESSES, r * 8), (tile + ROWS * tiles) * simd.TILE_BYTES)
+        if single:  # the hardware cannot follow as many rows: ask for the next strip, in the order of its bytes
+            for line in range(0, ROWS * simd.TILE_BYTES, 64):
+                prefetch(ahead + tile * ROWS * simd.TILE_BYTES, line)
         if codec == Q8:
             p, q = _signed(v[0], v[1], v[2], v[3]), _signed(v[4], v[5], v[6], v[7])
             total = _half(_q8_group, 0, single, job, p, q, tile * 2, first, count, factor, total, scratch)

@@ -20,7 +20,6 @@ LARGEST = np.float32(65504.0)  # of float16
 CHUNK = 64  # numbers that are encoded at a time: a whole number of groups of every codec
 
 
-
 @njit(forceinline=True)
 def clock(job, which):
     """How far the job's ring has come."""

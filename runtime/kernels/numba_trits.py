@@ -14,10 +14,12 @@ from .base import GROUP
 from .numba_jobs import BLOCK, emit, emit_rows, matrix_of, rows_of
 from .numba_math import word
 from .simd import fma, load_f32, read_f32, read_i32, splat_f32, splat_i32, splat_quad, store_f32, to_f32
+from .simd_tiles import prefetch
 from .words import DATA, PADDED, PADDED_STRIDE, QUANTS, ROUND, SCALES, SUMS, TABLE, WIDTH, N
 
 ROWS = 16
 TOKENS = 256  # tokens that share one decoding of the weights
+AHEAD = 8192  # bytes between what is read and what is asked for: the hardware alone does not look far enough
 SCRATCH_WEIGHTS = TOKENS * 64  # byte offset, in the scratch memory, of a superblock expanded to float32
 
 
@@ -120,6 +122,9 @@ def _strip_int8(depth, single, data, blocks, table, job, first, count, scratch):
         store_f32(scratch, i * 64, total)
     for block in range(blocks):
         here = data + block * (256 * depth + 48)
+        if single:
+            for line in range(0, 256 * depth + 48, 64):
+                prefetch(here + line, AHEAD)
         a0, b0, c0, d0, e0 = _decode(depth, here, 0)
         a1, b1, c1, d1, e1 = _decode(depth, here, 64 * depth)
         a2, b2, c2, d2, e2 = _decode(depth, here, 128 * depth)

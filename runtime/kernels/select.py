@@ -16,7 +16,7 @@ def get_kernels(backend: str = "auto", n_threads: int | None = None, int8: bool 
 
     backend: "auto" takes TRIT_BACKEND if that is set, else the first that works here of native, numba, numpy
     n_threads: None for the cores that this process may use
-    int8: products of trit matrices round their activations to int8 blocks; False keeps them float32
+    int8: products of trit, nf4 and q8 matrices round their activations to groups of int8; False keeps them float32
     Raises BackendError if a backend that was asked for by name cannot be had.
     """
     if backend == "auto":
