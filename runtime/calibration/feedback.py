@@ -24,6 +24,7 @@ from formats.trit import ENTRIES, GROUP, max_level
 # Of the mean of H's diagonal, added to it: with less, the encoder learns the calibration text by heart.
 DAMPING, TARGET_DAMPING = 0.1, 0.2
 WIDEST_DOUBLE = 4096  # columns up to which the factors are computed in float64
+BLOCK = 512
 
 Rounded = tuple[np.ndarray, np.ndarray, np.ndarray]
 
@@ -68,15 +69,33 @@ def factorize(hessian: np.ndarray, damping: float = DAMPING) -> Factors:
     inside = np.argsort(-groups, axis=1, kind="stable") + np.arange(0, padded, GROUP)[:, None]
     order = inside[np.argsort(-groups.mean(axis=1), kind="stable")].reshape(-1)
     extra = damping * float(diagonal[:n].mean()) or 1.0  # inputs that are always zero leave everything open
-    back = order[::-1]
+    real = np.flatnonzero(order < n)
     h = np.zeros((padded, padded), np.float64 if n <= WIDEST_DOUBLE else np.float32)
-    h[:n, :n] = hessian
-    h = h[np.ix_(back, back)]
+    for first in range(0, n, BLOCK):
+        rows = real[first : first + BLOCK]
+        h[np.ix_(rows, real)] = hessian[np.ix_(order[rows], order[real])]
     h[np.diag_indices(padded)] += extra
-    # Cholesky's lower triangle of the reversed matrix is, reversed again, an upper one with H = R R^T.
-    r = np.linalg.cholesky(h)[::-1, ::-1]
-    scale = np.diagonal(r).copy()
-    return Factors(order, (scale * scale).astype(np.float32), np.ascontiguousarray(r / scale, np.float32))
+    cholesky_upper(h)
+    scale = np.diagonal(h).copy()
+    h /= scale
+    return Factors(order, (scale * scale).astype(np.float32), h.astype(np.float32, copy=False))
+
+
+def cholesky_upper(h: np.ndarray) -> None:
+    """Replace H by the upper triangular R with H = R R^T, in place: at 8B shape there is no room for copies.
+
+    h: (n, n) float32 or float64, symmetric, positive definite
+    """
+    for stop in range(len(h), 0, -BLOCK):
+        start = max(stop - BLOCK, 0)
+        # NumPy's lower triangle of the reversed block is, reversed again, the upper one.
+        own = np.linalg.cholesky(h[start:stop, start:stop][::-1, ::-1])[::-1, ::-1]
+        h[start:stop, start:stop] = own
+        h[start:stop, :start] = 0
+        h[:start, start:stop] = np.linalg.solve(own, h[:start, start:stop].T).T
+        for row in range(0, start, BLOCK):
+            rows = slice(row, min(row + BLOCK, start))
+            h[rows, row:start] -= h[rows, start:stop] @ h[row:start, start:stop].T
 
 
 def round_columns_reference(
@@ -147,6 +166,9 @@ def corrected(w: np.ndarray, rest: np.ndarray, hessian: np.ndarray, damping: flo
     w: (out, in) float32; rest: (out, in), that sum over the inputs x and the wanted outputs y; hessian: (in, in), H
     returns: (out, in) float32
     """
-    h = hessian.astype(np.float64 if len(hessian) <= WIDEST_DOUBLE else np.float32)
-    h[np.diag_indices(len(h))] += damping * float(np.diagonal(hessian).mean()) or 1.0
-    return (w + np.linalg.solve(h, rest.T.astype(h.dtype)).T).astype(np.float32)
+    h = hessian.astype(np.float64) if len(hessian) <= WIDEST_DOUBLE else hessian
+    places, diagonal = np.diag_indices(len(h)), np.diagonal(h).copy()
+    h[places] += damping * float(diagonal.mean()) or 1.0
+    better = (w + np.linalg.solve(h, rest.T.astype(h.dtype, copy=False)).T).astype(np.float32)
+    h[places] = diagonal  # as it was: at 8B shape there is no room for a copy
+    return better

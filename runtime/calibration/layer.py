@@ -80,12 +80,16 @@ class LayerRun:
         return after
 
     def _half(self, half: Half, before: Streams, after: Streams) -> None:
-        matrices = self._round_inputs(half, self._look(half, before, after[0]))
         wide = Stream(self.folder / "work-wide", self._matrix(half.output).shape[1])
-        out = self._round_output(half, self._collect(half, before[1], after[0], wide, matrices))
+        out = self._round_output(half, self._inside(half, before, after[0], wide))
         bias = self.tensor(f"{half.output}.bias")
         for rows in self._batches():
             after[1].write(rows[0], before[1].read(*rows) + product(wide.read(*rows), out, bias))
+
+    def _inside(self, half: Half, before: Streams, after: Stream, wide: Stream) -> Moments:
+        """Quantise the first matrices of a half, which are let go of before the last one needs the memory."""
+        matrices = self._round_inputs(half, self._look(half, before, after))
+        return self._collect(half, before[1], after, wide, matrices)
 
     def _look(self, half: Half, before: Streams, after: Stream) -> Moments:
         """Move the source's stream through a half.
@@ -129,7 +133,9 @@ class LayerRun:
     def _round_output(self, half: Half, moments: Moments) -> np.ndarray:
         w = self._matrix(half.output)
         better = corrected(w, moments.wanted - w @ moments.hessian, moments.hessian)
-        return self._round(half.output, better, factorize(moments.hessian))
+        factors = factorize(moments.hessian)
+        del moments
+        return self._round(half.output, better, factors)
 
     def _round(self, name: str, w: np.ndarray, factors: Factors) -> np.ndarray:
         """Quantise a matrix; returns what it is dequantised to."""
