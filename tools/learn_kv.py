@@ -209,7 +209,9 @@ def check(args: argparse.Namespace, model: Model) -> Task:
         layers = None if args.layers is None else kv_fit.parse_layers(args.layers, config.n_layers)
     except ValueError as exc:
         raise UserError(f"--layers {args.layers}: give a number, or layers as in 3,5,8-11 ({exc})") from exc
-    step = 32 if width >= 128 else max(1, width // 8)
+    codec = side_codecs(model.new_cache(2).codec)["kv".index(args.side)]
+    group = Plane(code_codec(codec, width // 2), 1, width // 2, 1, learned=True).group
+    step = min(group, max(1, width // 8))  # codes are stored in whole groups
     return Task(model, args.side, width, step, layers, args.rank, args.kv)
 
 
