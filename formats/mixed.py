@@ -12,7 +12,7 @@ below two trits each buys little.
 
 The sensitivities are shares of predicted damage per weight, measured once on SmolLM2-135M (squared gradients of the
 loss, 4096 tokens, times the squared error of depth 2): 36 % of it came from wv, which has 3 % of the weights. They
-rank roles, not layers; ranking layers needs calibration on the model itself.
+rank roles, not layers; `runtime.calibration` measures both on the model itself.
 """
 
 from __future__ import annotations
@@ -35,14 +35,21 @@ SAMPLE = 1 << 20  # weights of a matrix that are measured
 
 @dataclass(frozen=True)
 class Measured:
-    """One matrix. errors, nbytes: relative squared error and size at depth 1, 2, 3, 4"""
+    """One matrix. errors, nbytes: relative squared error and size at depth 1, 2, 3, 4
+
+    effect: (depth, harm) as it was measured on the model's output, instead of what its role lets expect
+    """
 
     name: str
     weights: int
     errors: Sequence[float]
     nbytes: Sequence[int]
+    effect: tuple[int, float] | None = None
 
     def harm(self, depth: int) -> float:
+        if self.effect:
+            known, harm = self.effect
+            return harm * self.errors[depth - 1] / (self.errors[known - 1] or 1.0)
         return SENSITIVITY[self.name.rsplit(".", 1)[-1]] * self.weights * self.errors[depth - 1]
 
 
@@ -63,20 +70,24 @@ def measure(name: str, rows: Rows, encode: Encode) -> Measured:
     return Measured(name, out * width, errors, nbytes)
 
 
+def base_depth(matrices: Sequence[Measured], bpw: float) -> int:
+    """Give the trits that every matrix can have. Raises OptionError if even one trit each takes more than `bpw`."""
+    weights = sum(m.weights for m in matrices)
+    uniform = {depth: 8 * sum(m.nbytes[depth - 1] for m in matrices) / weights for depth in DEPTHS}
+    if uniform[1] > bpw:
+        raise OptionError(f"{bpw:g} bits per weight are too few: one trit each takes {uniform[1]:.2f}")
+    return max(depth for depth in DEPTHS if uniform[depth] <= bpw)
+
+
 def allocate(matrices: Sequence[Measured], bpw: float) -> Mapping[str, int]:
     """Choose the depth of each matrix so that all together take at most `bpw` bits per weight.
 
     Raises OptionError if even one trit each takes more.
     """
-    budget = bpw * sum(m.weights for m in matrices) / 8
-    uniform = [sum(m.nbytes[depth - 1] for m in matrices) for depth in DEPTHS]
-    if uniform[0] > budget:
-        least = 8 * uniform[0] / sum(m.weights for m in matrices)
-        raise OptionError(f"{bpw:g} bits per weight are too few: one trit each takes {least:.2f}")
-    base = max(depth for depth in DEPTHS if uniform[depth - 1] <= budget)
+    budget, base = bpw * sum(m.weights for m in matrices) / 8, base_depth(matrices, bpw)
     top = DEPTHS[-1] if base > 1 else 2  # of 3.7 bits, SmolLM2-135M makes 25 % less divergence with this rule
     depths = dict.fromkeys((m.name for m in matrices), base)
-    left = budget - uniform[base - 1]
+    left = budget - sum(m.nbytes[base - 1] for m in matrices)
     queue = [_step(m, base, i) for i, m in enumerate(matrices) if base < top]
     heapq.heapify(queue)
     while queue:

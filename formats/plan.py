@@ -15,7 +15,7 @@ from .codec_base import Rows, round_to, row_chunks
 from .codecs import align, payload_nbytes
 from .errors import OptionError, SourceError, UnsupportedError
 from .kv_modules import module_tensors
-from .mixed import SENSITIVITY, allocate, measure
+from .mixed import SENSITIVITY, Measured, allocate, measure
 from .recovered import guess_trits
 from .source import Source, SourceTensor, expected_tensors
 from .trit_codec import Encode
@@ -177,13 +177,18 @@ def _look_for_trits(item: Planned, tensor: SourceTensor) -> Planned:
 
 def _mixed(source: Source, bpw: float, encode: Encode, progress: Progress | None) -> dict[str, str]:
     """Give the codec of each matrix of the layers, none of them below what others of the budget allow."""
+    return {name: f"trit{depth}" for name, depth in allocate(measure_all(source, encode, progress), bpw).items()}
+
+
+def measure_all(source: Source, encode: Encode, progress: Progress | None) -> list[Measured]:
+    """Measure what quantising does to the values of each matrix of the layers, in their order."""
     names = [name for name in expected_tensors(source.config) if name.rsplit(".", 1)[-1] in MATRICES]
     measured = []
     for i, name in enumerate(names):
         if progress:
             progress(i, len(names), f"measuring {name}")
         measured.append(measure(name, rows_of(source.tensors[name]), encode))
-    return {name: f"trit{depth}" for name, depth in allocate(measured, bpw).items()}
+    return measured
 
 
 def notes_on(plan: list[Planned], done: bool) -> list[str]:

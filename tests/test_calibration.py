@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -14,8 +15,11 @@ from tiny import MATRICES, folder_with_tokenizer
 
 from formats.container import open_trit
 from formats.convert import convert
+from formats.mixed import Measured, allocate, base_depth
 from formats.source import Source, expected_tensors, open_source
 from formats.trit import GROUP, quantize_levels
+from formats.trit_codec import encode_reference
+from runtime.calibration.effects import ROLES, measure_effects
 from runtime.calibration.feedback import Factors, Rounded, corrected, factorize, quantize
 from runtime.calibration.layer import MLP, LayerRun, Moments
 from runtime.calibration.run import Calibration
@@ -215,6 +219,35 @@ def test_the_folder_of_another_conversion_is_refused(source: Source, tmp_path: P
         pass
 
 
+# ==== Depth by effect ====
+
+
+def test_effects_are_those_of_roles_and_layers_on_the_output(source: Source, tmp_path: Path) -> None:
+    windows = windows_of(source)[:2]
+    kernels = get_kernels("numpy", int8=False)
+    effects = measure_effects(source, windows, 2, kernels, encode_reference)
+    assert list(effects) == [f"layers.{i}.{role}" for i in range(source.config["n_layers"]) for role in ROLES]
+    base = convert(source, tmp_path / "base.trit", "f32", embed="f32").path
+
+    def measured(part: str) -> float:
+        codecs = {name: "trit2" if f".{part}" in name else "f32" for name in effects}
+        convert(source, tmp_path / "part.trit", "f32", embed="f32", codecs=codecs, overwrite=True)
+        return divergence(base, tmp_path / "part.trit", windows)
+
+    for one, other, sums in (("wv", "w2", "layers.{}.wv layers.{}.w2"), ("0.w", "1.w", "layers.0.{} layers.1.{}")):
+        names = range(source.config["n_layers"]) if one == "wv" else ROLES
+        totals = [sum(effects[pattern.format(name)] for name in names) for pattern in sums.split()]
+        assert totals[0] / totals[1] == pytest.approx(measured(one) / measured(other), rel=0.01)
+
+
+def test_depths_follow_the_measured_effects() -> None:
+    matrices = [Measured(f"layers.{i}.wq", 1000, (0.2, 0.02, 0.002, 0.0002), (200, 400, 600, 800)) for i in range(4)]
+    effects = [0.1, 0.4, 0.2, 0.3]
+    known = [replace(matrix, effect=(2, effect)) for matrix, effect in zip(matrices, effects, strict=True)]
+    assert base_depth(known, 4.0) == 2
+    assert allocate(known, 4.0) == {f"layers.{i}.wq": depth for i, depth in enumerate((2, 3, 2, 3))}
+
+
 # ==== The text ====
 
 
@@ -251,5 +284,10 @@ def test_the_command_writes_what_the_library_does(tmp_path: Path, capsys: pytest
         assert file.header["source"]["options"].endswith("--calibrate text.txt --calibrate-tokens 1024")
     assert main(command) == 2
     assert "exists already" in capsys.readouterr().err
+    mixed = [*command[:4], "trit-mixed", *command[5:], "--bpw", "5", "--overwrite"]
+    assert main(mixed) == 0
+    assert "plan: 5.00 bits per weight" in capsys.readouterr().err
+    with open_trit(out) as file:
+        assert {tensor.codec for name, tensor in file.tensors.items() if name.endswith(MATRICES)} == {"trit2", "trit3"}
     assert main([*command, "--overwrite", "--encoder", "best"]) == 2
     assert main([*command[:4], "f16", *command[5:]]) == 2

@@ -134,20 +134,28 @@ def calibrated(
 
     returns: the source with its matrices quantised, their codecs, and what the header should say about it
     """
+    from runtime.calibration.effects import choose_depths
     from runtime.calibration.run import Calibration
     from runtime.calibration.windows import cut_windows
 
     tokenizer = make_tokenizer(source.tokenizer, source.blobs.__getitem__, str(source.path))
     windows = cut_windows(tokenizer, [read_text(path) for path in args.calibrate], args.calibrate_tokens)
-    with Bar("measure") as bar:
-        summary = convert_several(source, {args.quant[0]: out}, args.embed, True, True, bar, encode, args.bpw)[0]
-    check_outputs(source, [summary], args.overwrite)
-    codecs = {item.name: item.codec for item in summary.plan if item.is_matrix}
-    depths = {name: int(codec.removeprefix("trit")) for name, codec in codecs.items()}
-    print_depths(depths)
     kernels, threads = get_kernels("auto", int8=False), ThreadPoolExecutor(usable_cores(), "calibrate")
-    with closing(kernels), threads as pool, Bar("calibrate", unit="step") as bar:
-        found = Calibration(source, windows, depths, state, kernels, pool, bar).run()
+    with closing(kernels), threads as pool:
+        codecs = None
+        if args.bpw is not None:
+            with Bar("measure", unit="step") as bar:
+                depths = choose_depths(source, windows, args.bpw, kernels, encode, bar)
+            codecs = {name: f"trit{depth}" for name, depth in depths.items()}
+        summary = convert_several(source, {args.quant[0]: out}, args.embed, dry_run=True, bpw=args.bpw, codecs=codecs)[
+            0
+        ]
+        check_outputs(source, [summary], args.overwrite)
+        codecs = {item.name: item.codec for item in summary.plan if item.is_matrix}
+        depths = {name: int(codec.removeprefix("trit")) for name, codec in codecs.items()}
+        print_depths(depths, summary.matrix_bpw)
+        with Bar("calibrate", unit="step") as bar:
+            found = Calibration(source, windows, depths, state, kernels, pool, bar).run()
     texts = " ".join(f"--calibrate {Path(path).name}" for path in args.calibrate)
     return found, codecs, f"{texts} --calibrate-tokens {windows.size}"
 
@@ -195,12 +203,13 @@ def print_plan(summary: Summary) -> None:
     )
 
 
-def print_depths(depths: Mapping[str, int]) -> None:
+def print_depths(depths: Mapping[str, int], bpw: float) -> None:
     """Say on stderr which matrices get how many trits."""
+    print(f"plan: {bpw:.2f} bits per weight in the layers' matrices", file=sys.stderr)
     for depth, count in sorted(Counter(depths.values()).items()):
         roles = Counter(name.rsplit(".", 1)[-1] for name, found in depths.items() if found == depth)
         which = ", ".join(f"{n} {role}" for role, n in sorted(roles.items()))
-        print(f"plan: {count} matrices of {depth} trits ({which})", file=sys.stderr)
+        print(f"  {count} matrices of {depth} trits: {which}", file=sys.stderr)
 
 
 def print_memory(summary: Summary, source: Source) -> None:

@@ -24,6 +24,7 @@ from ..config import ModelConfig
 from ..kernels import Kernels
 from ..kernels.numba_best import BestSearch
 from ..kernels.numba_feedback import RoundColumns
+from .effects import embedded
 from .feedback import Factors, Rounded, quantize
 from .layer import PASSES, LayerRun, Streams
 from .streams import Forward, Stream
@@ -80,13 +81,9 @@ class Calibration:
     def _embed(self) -> Streams:
         """Begin both streams with the embeddings of the text."""
         streams = self._streams(0)
-        table = self._source.tensors["tok_embeddings"]
-        ids, rows = np.unique(self._windows, return_inverse=True)
-        used = np.concatenate([table.read_rows(int(i), int(i) + 1) for i in ids]).astype(np.float32)
-        rows = rows.reshape(-1)
-        for start, stop in self._forward.batches(self._windows.size):
+        for i, window in enumerate(self._windows):
             for stream in streams:
-                stream.write(start, used[rows[start:stop]])
+                stream.write(i * len(window), embedded(self._source, window))
         return streams
 
     def _layer(self, i: int, before: Streams) -> Streams:
