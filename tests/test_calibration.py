@@ -288,6 +288,6 @@ def test_the_command_writes_what_the_library_does(tmp_path: Path, capsys: pytest
     assert main(mixed) == 0
     assert "plan: 5.00 bits per weight" in capsys.readouterr().err
     with open_trit(out) as file:
-        assert {tensor.codec for name, tensor in file.tensors.items() if name.endswith(MATRICES)} == {"trit2", "trit3"}
+        assert {tensor.codec for name, tensor in file.tensors.items() if name.endswith(MATRICES)} > {"trit2"}
     assert main([*command, "--overwrite", "--encoder", "best"]) == 2
     assert main([*command[:4], "f16", *command[5:]]) == 2
