@@ -43,6 +43,8 @@ MIN_WINDOWS = 4
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this command to a parser."""
     add_model_arguments(parser)
+    # Where activations are rounded to int8, any change of an early layer, however small, stirs up all later ones.
+    parser.set_defaults(activations="f32", kv="f16")
     add = parser.add_argument
     add("-f", "--file", required=True, nargs="+", metavar="TEXT",
         help="texts to learn from, in UTF-8, the more kinds the better; some of each is held out")  # fmt: skip
