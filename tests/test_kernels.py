@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,11 +12,14 @@ import numpy as np
 import pytest
 
 from formats import CODECS, Tensor, TritWriter, dequantize, open_trit
+from native.build import machine
 from runtime.kernels import Kernels, get_kernels
 from runtime.kernels.base import takes_int8
 from runtime.kernels.numpy_backend import int8_weights, quantize_activations
+from runtime.kernels.vectors import cpu_features
 from tests.native_library import LESSER_ISAS, ensure_native_library
 
+ROOT = Path(__file__).resolve().parent.parent
 SHAPES = [(1, 1), (3, 5), (17, 83), (16, 80), (64, 160), (130, 192), (33, 1000)]
 BATCHES = [1, 3, 5, 64]
 MATRIX_CODECS = [name for name in CODECS if name != "u8"]
@@ -161,6 +167,49 @@ def test_no_pattern_of_bytes_is_read_out_of_bounds(kernels: Kernels, tmp_path: P
         with open_trit(path) as file, np.errstate(all="ignore"):
             for tensor in file.tensors.values():
                 kernels.linear([tensor], [None])(x, [np.zeros((2, 20), np.float32)])
+
+
+def test_every_pattern_of_codes_means_the_same(kernels: Kernels, tmp_path: Path) -> None:
+    """Bytes that no writer makes, such as trits of 243 and more, or a q8 value of -128, too."""
+    rng = np.random.default_rng(5)
+    x = rng.standard_normal((2, 256)).astype(np.float32)
+    names = ("trit1", "trit2", "trit3", "trit4", "nf4", "q8")
+    with TritWriter(tmp_path / "codes.trit", {}, names) as writer:
+        for codec in names:
+            params, parts = CODECS[codec].quantize(rng.standard_normal((40, 256)).astype(np.float32))
+            first = next(name for name in ("blocks", "codes", "values") if name in parts)
+            parts[first] = _filled(parts[first], None, rng)
+            writer.add(codec, codec, (40, 256), params, parts)
+    with open_trit(tmp_path / "codes.trit") as file:
+        for tensor in file.tensors.values():
+            out = np.zeros((2, 40), np.float32)
+            kernels.linear([tensor], [None])(x, [out])
+            rounded = quantize_activations(x) if kernels.int8 else x
+            weights = int8_weights(tensor) if kernels.int8 else dequantize(tensor)
+            limit = SUM_ERROR * (np.abs(rounded) @ np.abs(weights).T)
+            assert (np.abs(out - rounded.astype(np.float64) @ weights.T) <= limit).all(), tensor.name
+
+
+@pytest.mark.parametrize(
+    ("cpu", "features"),
+    [("x86-64", ""), ("haswell", "+ssse3,+avx2,+fma,+f16c"), ("alderlake", "+ssse3,+avx2,+fma,+f16c,+avxvnni")],
+)
+def test_numba_compiled_for_lesser_cpus(cpu: str, features: str, tmp_path: Path) -> None:
+    """The self-test of every product, compiled for what the CPU need not have all of."""
+    if not os.environ.get("TRIT_SLOW_TESTS"):
+        pytest.skip("compiling for another CPU takes a minute; set TRIT_SLOW_TESTS=1")
+    if machine() != "x86_64" or not set(features.replace("+", "").split(",")) - {""} <= cpu_features():
+        pytest.skip(f"this CPU cannot run code for {cpu}")
+    code = """
+from runtime.kernels.compiling import kernel
+from runtime.kernels.selftest import agrees
+from runtime.kernels.words import KERNELS
+modules = ("numba_jobs", "numba_trits", "numba_dense", "numba_int8")
+wrong = [f for m in modules for f in KERNELS[m] if not agrees(kernel, m, f)]
+assert not wrong, wrong
+"""
+    forced = {"NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": features, "TRITLLAMA_CACHE": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **forced}, check=True)
 
 
 def _filled(part: np.ndarray, fill: int | None, rng: np.random.Generator) -> np.ndarray:
