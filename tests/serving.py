@@ -101,16 +101,10 @@ def process(model: Path, *options: str) -> Iterator[Server]:
 @contextmanager
 def in_thread(llm: Any, **settings: Any) -> Iterator[Server]:
     """Serve a Llama from a thread of this process; it is closed at the end."""
-    import uvicorn
-
+    from runtime.server import connection
     from runtime.server.app import Settings, make_app
-    from runtime.server.connection import PatientProtocol
 
-    app = make_app(llm, Settings(**settings))
-    config = uvicorn.Config(
-        app, port=0, http=PatientProtocol, ws="none", lifespan="on", log_config=None, timeout_graceful_shutdown=1
-    )
-    server = uvicorn.Server(config)
+    server = connection.Server(make_app(llm, Settings(**settings)), grace=0.1, port=0)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

@@ -148,6 +148,40 @@ def test_a_client_that_goes_while_its_prompt_is_read(open_llama: Any) -> None:
         assert server.ask("POST", "/v1/completions", {"prompt": "x", "max_tokens": 2})[0] == 200
 
 
+def test_a_long_silence_is_filled(open_llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runtime.server.streaming.QUIET", 0.01)
+    llm = open_llama()
+    forward, go_on = llm.model.forward, threading.Event()
+
+    def wait_and_forward(*args: Any, **options: Any) -> Any:
+        go_on.wait(serving.PATIENCE)
+        return forward(*args, **options)
+
+    llm.model.forward = wait_and_forward
+    with serving.in_thread(llm, parallel=1) as server:
+        connection = http.client.HTTPConnection(server.host, server.port, timeout=serving.PATIENCE)
+        body = json.dumps({"prompt": "x", "max_tokens": 2, "stream": True})
+        connection.request("POST", "/v1/completions", body, {"content-type": "application/json"})
+        response = connection.getresponse()
+        assert response.readline() == b": waiting\n"
+        go_on.set()
+        assert response.read().endswith(b"data: [DONE]\n\n")
+        connection.close()
+
+
+def test_an_answer_without_an_end_is_cut_off_at_the_servers(open_llama: Any, caplog: pytest.LogCaptureFixture) -> None:
+    body = json.dumps({"messages": HI, "max_tokens": 10_000_000, "logit_bias": NO_END, "stream": True})
+    with serving.in_thread(open_llama()) as server:
+        connection = http.client.HTTPConnection(server.host, server.port, timeout=serving.PATIENCE)
+        connection.request("POST", "/v1/chat/completions", body, {"content-type": "application/json"})
+        response = connection.getresponse()
+        assert response.readline().startswith(b"data: ")
+    last = response.read().decode().split("\n\n")[-2]
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "shutdown"
+    assert not [record for record in caplog.records if record.exc_info]
+    connection.close()
+
+
 def test_our_own_faults_are_logged_and_not_told(open_llama: Any, caplog: pytest.LogCaptureFixture) -> None:
     llm = open_llama()
     with serving.in_thread(llm) as server:
@@ -199,7 +233,7 @@ def test_without_the_extra_one_line_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert main([]) == 2
-    assert capsys.readouterr().err.endswith("install them with: pip install 'tritllama[server]'\n")
+    assert capsys.readouterr().err.endswith("install it with: pip install 'tritllama[server]'\n")
 
 
 def test_a_port_in_use_is_told_before_the_model_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:

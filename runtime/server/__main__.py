@@ -8,6 +8,7 @@ import os
 import socket
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,7 @@ KEY_VARIABLE = "TRIT_API_KEY"
 SHUTDOWN_SECONDS = 10
 MOST_CONNECTIONS = 512
 LONGEST_HEADERS = 1 << 15
-MISSING = "the server needs packages that are not there ({}); install them with: pip install 'tritllama[server]'"
+MISSING = "the server needs the package {}, which is not there; install it with: pip install 'tritllama[server]'"
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
@@ -64,14 +65,11 @@ def _main(argv: list[str]) -> int:
     check_model_arguments(args)
     _check(args)
     key = _api_key(args)
-    try:
-        import uvicorn
+    _check_extra()
+    from .app import Settings, make_app
+    from .connection import Server
+    from .guard import is_loopback
 
-        from .app import Settings, make_app
-        from .connection import PatientProtocol
-        from .guard import is_loopback
-    except ImportError as exc:
-        raise UserError(MISSING.format(exc.name)) from exc
     if key is None and not is_loopback(args.host):
         raise UserError(
             f"{args.host} can be reached from other machines: give an API key (--api-key-file, or the variable "
@@ -86,16 +84,22 @@ def _main(argv: list[str]) -> int:
         llm = load_model(args)
         _check_memory(llm, args.parallel, args.force)
         app = make_app(llm, settings)
-        config = uvicorn.Config(
-            app, http=PatientProtocol, ws="none", lifespan="on", log_config=None, access_log=False,
-            server_header=False, proxy_headers=False, limit_concurrency=MOST_CONNECTIONS, timeout_keep_alive=30,
-            timeout_graceful_shutdown=SHUTDOWN_SECONDS, h11_max_incomplete_event_size=LONGEST_HEADERS,
-        )  # fmt: skip
+        limits = {"limit_concurrency": MOST_CONNECTIONS, "h11_max_incomplete_event_size": LONGEST_HEADERS}
+        server = Server(app, SHUTDOWN_SECONDS, **limits)
         bound.listen(MOST_CONNECTIONS)  # who reads the next line may connect at once
         host, port = bound.getsockname()[:2]
         print(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}", file=sys.stderr, flush=True)
-        uvicorn.Server(config).run(sockets=[bound])
+        server.run(sockets=[bound])
     return 0
+
+
+def _check_extra() -> None:
+    """Raise UserError if a package that only the server needs is not there."""
+    for name in ("prometheus_client", "starlette", "uvicorn"):
+        try:
+            import_module(name)
+        except ImportError as exc:
+            raise UserError(MISSING.format(name)) from exc
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -57,9 +57,11 @@ def make_app(llm: Llama, settings: Settings) -> Starlette:
         CORSMiddleware, allow_origins=settings.origins, allow_methods=["GET", "POST"],
         allow_headers=["authorization", "content-type"],
     )  # fmt: skip
-    return Starlette(
+    app = Starlette(
         routes=api.routes,
         middleware=[*([cors] if settings.origins else []), guard],
         exception_handlers={HTTPException: on_http_error},
         lifespan=lifespan,
     )
+    app.state.shop = shop
+    return app

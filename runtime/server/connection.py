@@ -1,14 +1,38 @@
-"""Connections that do not wait for ever: uvicorn's HTTP protocol with a limit on the time that headers may take."""
+"""uvicorn's server and HTTP protocol, with limits on the time that an end and that headers may take."""
 
 from __future__ import annotations
 
 import asyncio
+import socket
 from typing import Any
 
 import h11
+import uvicorn
+from starlette.applications import Starlette
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEADER_SECONDS = 20.0
+
+
+class Server(uvicorn.Server):
+    """Once it is to end, answers have `grace` seconds to come to theirs; then they are cut off, and say so."""
+
+    def __init__(self, app: Starlette, grace: float, **options: Any) -> None:
+        """options: of uvicorn.Config"""
+        self.shop, self.grace = app.state.shop, grace
+        config = uvicorn.Config(
+            app, http=PatientProtocol, ws="none", lifespan="on", log_config=None, access_log=False,
+            server_header=False, proxy_headers=False, timeout_keep_alive=30,
+            timeout_graceful_shutdown=int(grace) + 5, **options,
+        )  # fmt: skip
+        super().__init__(config)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        timer = asyncio.get_running_loop().call_later(self.grace, self.shop.end_all)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            timer.cancel()
 
 
 class PatientProtocol(H11Protocol):

@@ -23,12 +23,12 @@ Put = Callable[[Any], None]
 class Errand:
     """One request's way: it ends when it is finished, when the client goes, or when its time is over.
 
-    stop: set at the end, whatever the reason; gone, late: what the reason was
+    stop: set at the end, whatever the reason; gone, late, closing: what the reason was
     """
 
     def __init__(self, receive: Receive, seconds: float) -> None:
         self.stop = threading.Event()
-        self.gone = self.late = False
+        self.gone = self.late = self.closing = False
         self.ended = asyncio.get_running_loop().create_future()
         self._watcher = asyncio.create_task(self._watch(receive))
         self._timer = asyncio.get_running_loop().call_later(seconds, self._expire)
@@ -55,6 +55,8 @@ class Errand:
         """Raise ApiError if the request is over before it was answered."""
         if self.late:
             raise ApiError(504, "the answer took longer than the server allows (--timeout)", code="timeout")
+        if self.closing:
+            raise ApiError(503, "the server is shutting down", code="shutdown")
         if self.gone:
             raise ApiError(499, "the client has gone")
 
@@ -135,10 +137,15 @@ class Workshop:
         elif taking.exception() is None:
             self.sessions.give_back(taking.result())
 
+    def end_all(self) -> None:
+        """End all errands: their clients are told that the server is shutting down."""
+        for errand in list(self._errands):
+            errand.closing = True
+            errand.finish()
+
     def close(self) -> None:
         """End all errands, wait for their threads, and give contexts and model back."""
-        for errand in list(self._errands):
-            errand.finish()
+        self.end_all()
         self._preparing.shutdown()
         self._answering.shutdown()
         for session in self.sessions.all:

@@ -55,8 +55,8 @@ async function* events(response) {
     if (done) throw new Error("the answer broke off");
     const parts = (text + value).split("\n\n");
     text = parts.pop();
-    for (const part of parts) {
-      const data = part.replace(/^data: /, "");
+    for (const part of parts.filter((one) => one.startsWith("data: "))) {
+      const data = part.slice("data: ".length);
       if (data === "[DONE]") return;
       yield JSON.parse(data);
     }
