@@ -59,6 +59,7 @@ class Engine:
         *,
         n_ctx: int | None = None,
         n_threads: int | None = None,
+        n_threads_batch: int | None = None,
         backend: str = "auto",
         kv: str = "auto",
         seed: int | None = None,
@@ -69,15 +70,20 @@ class Engine:
         keep: int | None = None,
         force: bool = False,
     ) -> None:
-        check_arguments(n_ctx=n_ctx, n_batch=n_batch, n_threads=n_threads, kv=kv, keep=keep, seed=seed)
+        check_arguments(
+            n_ctx=n_ctx, n_batch=n_batch, n_threads=n_threads, n_threads_batch=n_threads_batch, kv=kv, keep=keep,
+            seed=seed,
+        )  # fmt: skip
         self._arguments = {
-            "n_ctx": n_ctx, "n_threads": n_threads, "backend": backend, "kv": kv, "seed": seed,
-            "activations": activations, "n_batch": n_batch, "chat_format": chat_format, "jinja": jinja, "keep": keep,
-            "force": force,
+            "n_ctx": n_ctx, "n_threads": n_threads, "n_threads_batch": n_threads_batch,
+            "backend": backend, "kv": kv, "seed": seed, "activations": activations, "n_batch": n_batch,
+            "chat_format": chat_format, "jinja": jinja, "keep": keep, "force": force,
         }  # fmt: skip
         self.path = Path(os.fsdecode(model_path))
         self.seed, self.keep = seed, keep
-        self.model = Model.load(self.path, backend=backend, n_threads=n_threads, activations=activations)
+        self.model = Model.load(
+            self.path, backend=backend, n_threads=n_threads, n_threads_batch=n_threads_batch, activations=activations
+        )
         try:
             self.config = self.model.config
             self.tokenizer = load_tokenizer(self.model.file)

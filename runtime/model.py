@@ -17,7 +17,7 @@ from .cache import KVRing
 from .config import ModelConfig
 from .errors import CacheError
 from .fair_lock import FairLock
-from .kernels import Kernels, get_kernels
+from .kernels import Kernels, check_threads, get_kernels
 from .projections import Projections
 from .rope import angles, frequencies
 
@@ -94,8 +94,16 @@ class Model:
     `KVRing` alone.
     """
 
-    def __init__(self, file: TritFile, config: ModelConfig, kernels: Kernels, kv: str = "auto") -> None:
+    def __init__(
+        self,
+        file: TritFile,
+        config: ModelConfig,
+        kernels: Kernels,
+        kv: str = "auto",
+        n_threads_batch: int | None = None,
+    ) -> None:
         check_tensors(file, config)
+        self._threads, self._threads_batch = kernels.n_threads, n_threads_batch or kernels.n_threads
         self.file, self.config, self.kernels, self.kv = file, config, kernels, kv
         self.modules = tuple(read_kv_modules(file))
         self.layers = [Layer(file, kernels, i, self.modules) for i in range(config.n_layers)]
@@ -118,19 +126,23 @@ class Model:
         n_threads: int | None = None,
         activations: str = "int8",
         kv: str = "auto",
+        n_threads_batch: int | None = None,
     ) -> Model:
         """Open a .trit file and check all that the forward pass will need.
 
         activations: "int8" rounds what trit, nf4 and q8 matrices are multiplied with to groups of int8; "f32" is exact
         kv: the codec of contexts that are asked for without one
+        n_threads_batch: threads for chunks of several tokens, as prompts are; default n_threads
         Raises FormatError, ConfigError or BackendError, each in one line that says what to do.
         """
         if activations not in ("int8", "f32"):
             raise ValueError(f"activations is {activations!r}; it can be 'int8' or 'f32'")
+        check_threads("n_threads_batch", n_threads_batch)
         file = open_trit(path)
         try:
             config = ModelConfig.from_dict(file.config, file.path)
-            return cls(file, config, get_kernels(backend, n_threads, int8=activations == "int8"), kv)
+            kernels = get_kernels(backend, n_threads, int8=activations == "int8")
+            return cls(file, config, kernels, kv, n_threads_batch)
         except BaseException:
             file.close()
             raise
@@ -178,6 +190,7 @@ class Model:
             done = start + len(chunk)
             with self._lock:
                 _check(cancel)
+                self.kernels.use_threads(self._threads if len(chunk) == 1 else self._threads_batch)
                 s = self._begin(chunk, cache)
                 rows = out[start:done] if wanted == len(tokens) else out if done == len(tokens) else out[:0]
                 if len(chunk) == 1 and len(rows) and logits != "states":

@@ -37,6 +37,8 @@ def add_running(parser: argparse.ArgumentParser) -> None:
     add("-b", "--batch-size", dest="n_batch", type=int, default=DEFAULT_N_BATCH, metavar="N",
         help="prompt tokens read in one step (256)")  # fmt: skip
     add("-t", "--threads", dest="n_threads", type=int, metavar="N", help="threads (all cores allowed)")
+    add("-tb", "--threads-batch", dest="n_threads_batch", type=int, metavar="N",
+        help="threads for reading prompts (those of -t)")  # fmt: skip
     add("--keep", type=int, metavar="N",
         help="first tokens that stay when the context is full (the system prompt)")  # fmt: skip
     add("--kv", default="auto", metavar="CODEC",
@@ -48,7 +50,8 @@ def add_running(parser: argparse.ArgumentParser) -> None:
 
 def check_model_arguments(args: argparse.Namespace) -> None:
     """Find wrong options before anything is loaded. Raises OptionError or UserError."""
-    check_arguments(n_ctx=args.n_ctx, n_batch=args.n_batch, n_threads=args.n_threads, keep=args.keep,
+    check_arguments(n_ctx=args.n_ctx, n_batch=args.n_batch, n_threads=args.n_threads,
+                    n_threads_batch=args.n_threads_batch, keep=args.keep,
                     kv=args.kv, seed=args.seed)  # fmt: skip
     if args.model is not None and args.model_option is not None:
         raise UserError("the model is named twice, as an argument and with -m")
@@ -66,7 +69,7 @@ def load_model(args: argparse.Namespace) -> Llama:
 
         path = demo_model()
     return Llama(
-        path, n_ctx=args.n_ctx, n_batch=args.n_batch, n_threads=args.n_threads, backend=args.backend,
-        kv=args.kv, seed=args.seed, activations=args.activations, chat_format=args.chat_format,
-        jinja=args.jinja, keep=args.keep, force=args.force,
+        path, n_ctx=args.n_ctx, n_batch=args.n_batch, n_threads=args.n_threads,
+        n_threads_batch=args.n_threads_batch, backend=args.backend, kv=args.kv, seed=args.seed,
+        activations=args.activations, chat_format=args.chat_format, jinja=args.jinja, keep=args.keep, force=args.force,
     )  # fmt: skip

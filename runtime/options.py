@@ -29,12 +29,13 @@ FILE_OPTIONS = {
 
 
 def check_arguments(
-    *, n_ctx: Any = None, n_batch: Any = None, n_threads: Any = None, keep: Any = None, kv: Any = "auto",
-    seed: Any = None,
+    *, n_ctx: Any = None, n_batch: Any = None, n_threads: Any = None, n_threads_batch: Any = None,
+    keep: Any = None, kv: Any = "auto", seed: Any = None,
 ) -> None:  # fmt: skip
     """Check the arguments of Llama that need no model. Raises OptionError naming the first wrong one."""
     for name, value, least in (
-        ("n_ctx", n_ctx, 2), ("n_batch", n_batch, 1), ("n_threads", n_threads, 1), ("keep", keep, 0),
+        ("n_ctx", n_ctx, 2), ("n_batch", n_batch, 1), ("n_threads", n_threads, 1),
+        ("n_threads_batch", n_threads_batch, 1), ("keep", keep, 0),
     ):  # fmt: skip
         if value is not None:
             _check_whole(name, value, least)

@@ -6,11 +6,15 @@ import gc
 import os
 import threading
 from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from runtime.kernels import Kernels, get_kernels
+from runtime.model import Model
+from tests import tiny
 from tests.native_library import ensure_native_library
 
 ROWS, WIDTH = 200, 64
@@ -89,3 +93,16 @@ def test_a_fork_in_the_middle_of_jobs_goes_on_by_itself(backend: str) -> None:
     busy.join()
     assert normalizes(kernels)
     kernels.close()
+
+
+def test_prompts_may_have_threads_of_their_own(backend: str, alone: None, tmp_path: Path) -> None:
+    path = tiny.write_trit(tmp_path / "m.trit")
+    ids = list(range(3, 20))
+    with closing(Model.load(path, backend, n_threads=1, n_threads_batch=4)) as model:
+        model.forward([3], model.new_cache(32))
+        assert not workers()
+        got = model.forward(ids, model.new_cache(32), "all")
+        assert len(workers()) == 3 and model.kernels.n_threads == 1
+    with closing(Model.load(path, backend, n_threads=1)) as model:
+        assert np.array_equal(got, model.forward(ids, model.new_cache(32), "all"))
+    assert not workers()

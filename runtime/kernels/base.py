@@ -45,9 +45,13 @@ class Kernels(Protocol):
 
     name: str
     int8: bool
+    n_threads: int  # that it was made with
 
     def describe(self) -> str:
         """One line: the backend, its threads, and what the CPU offers it."""
+
+    def use_threads(self, n_threads: int) -> None:
+        """Run what follows on so many threads."""
 
     def linear(self, tensors: Sequence[Tensor], biases: Sequence[np.ndarray | None]) -> Linear:
         """Prepare matrices of equal width. biases: (out,) float32 or None, one for each matrix."""

@@ -175,7 +175,8 @@ class CompiledKernels:
 
     def __init__(self, resolve: Callable[[str, str], int], n_threads: int | None, int8: bool) -> None:
         self.resolve, self.int8 = resolve, int8
-        self.pool = Pool(n_threads or usable_cores(), resolve)
+        self.n_threads = n_threads or usable_cores()
+        self.pool = Pool(self.n_threads, resolve)
         self.workspace = _Workspace()
         self.pack_task = resolve("numba_jobs", "pack_activations")
         self._rmsnorm, self._swiglu = resolve("numba_layers", "rmsnorm"), resolve("numba_layers", "swiglu")
@@ -183,6 +184,9 @@ class CompiledKernels:
         self._glu_job = np.zeros(w.GLU_WORDS, np.int64)
         self._attention = AttentionJobs(self.pool, resolve)
         self._programs: WeakKeyDictionary[KVRing, tuple[bool, Program]] = WeakKeyDictionary()
+
+    def use_threads(self, n_threads: int) -> None:
+        self.pool.use(n_threads)
 
     def linear(self, tensors: Sequence[Tensor], biases: Sequence[np.ndarray | None]) -> CompiledLinear | _Elsewhere:
         try:

@@ -74,10 +74,13 @@ class NumpyKernels:
     name = "numpy"
 
     def __init__(self, n_threads: int | None = None, int8: bool = True) -> None:
-        self.int8 = int8
+        self.int8, self.n_threads = int8, 1
 
     def describe(self) -> str:
         return f"numpy {np.__version__}, the reference backend: exact and slow"
+
+    def use_threads(self, n_threads: int) -> None:
+        pass  # NumPy's own BLAS has as many as it likes
 
     def linear(self, tensors: Sequence[Tensor], biases: Sequence[np.ndarray | None]) -> NumpyLinear:
         return NumpyLinear(tensors, biases, self.int8)

@@ -53,74 +53,22 @@ def _dismiss(state: np.ndarray, bell: threading.Semaphore, workers: list[threadi
     bell.release(len(workers) + 1)
 
 
-class Pool:
-    """`n_threads` threads, the caller's included. Jobs of several callers queue; a fork starts its own workers."""
+class _Crew:
+    """A number of threads, the caller's included, and the words through which they meet."""
 
-    def __init__(self, n_threads: int, resolve: Callable[[str, str], int]) -> None:
-        """resolve: gives the address of a kernel by module and function (words.py)."""
-        if n_threads < 1:
-            raise ValueError(f"n_threads is {n_threads}; it must be 1 or more")
-        self.n_threads = n_threads
-        self._lock = FairLock()
-        self._recording: Program | None = None
-        self._one = np.ones(1 + JOB_WORDS, np.int64)  # a list of one job
-        self._serve = _KERNEL(resolve("numba_pool", "serve"))
-        self._run_jobs = _KERNEL(resolve("numba_pool", "run_jobs"))
-        self._reset()
-
-    def _reset(self) -> None:
+    def __init__(self, n_threads: int, serve: Callable[..., int]) -> None:
+        self.n_threads, self._serve = n_threads, serve
         self._state = np.zeros(STATE_WORDS, np.int64)
-        self._state[THREADS], self._state[YIELD] = self.n_threads, _yield()
-        self._base = address(self._state)
-        self._spare = self._base + (STATE_WORDS - 2) * 8
+        self._state[THREADS], self._state[YIELD] = n_threads, _yield()
+        self.base = address(self._state)
+        self.spare = self.base + (STATE_WORDS - 2) * 8
         self._bell = threading.Semaphore(0)
         self._workers: list[threading.Thread] = []
         self._called = 0  # times that workers were asked to come
         self._dismiss = weakref.finalize(self, _dismiss, self._state, self._bell, self._workers)
-        self._pid = os.getpid()
 
-    def run(self, task: int, words: np.ndarray, units: int, *keep: Any) -> None:
-        """Run units 0 .. units-1 of a kernel and return when all are done.
-
-        task: the kernel's address; words: its arguments, (n,) int64; keep: what they point to
-        """
-        if self._recording is not None:
-            self._recording.add(task, words, units, keep)
-        with self._lock:
-            self._one[1:] = task, address(words), units
-            if units > 1 and self._gather():
-                self._wait()
-            self._submit(self._one)
-
-    def call(self, function: Callable[[], object]) -> None:
-        """Call a function that does in Python what no kernel does, between the jobs before and after it."""
-        if self._recording is not None:
-            self._recording.add_call(function)
-        function()
-
-    def run_jobs(self, jobs: np.ndarray) -> None:
-        """Run a list of jobs (words.py), one after another."""
-        with self._lock:
-            self._gather()
-            self._submit(jobs)
-
-    def record(self, work: Callable[[], object]) -> Program:
-        """Do some work and return it as a program: the jobs and calls that the pool was asked for meanwhile."""
-        program = self._recording = Program()
-        try:
-            work()
-        finally:
-            self._recording = None
-        program.finish()
-        return program
-
-    def _submit(self, jobs: np.ndarray) -> None:
-        self._run_jobs(self._spare, self._spare + 8, self._base, address(jobs))
-
-    def _gather(self) -> bool:
+    def gather(self) -> bool:
         """Call the workers that are asleep. Returns whether there were any."""
-        if self._pid != os.getpid():
-            self._reset()
         asleep = self.n_threads - 1 - (self._called - int(self._state[PARKED]))
         if asleep <= 0:
             return False
@@ -135,17 +83,89 @@ class Pool:
             worker.start()
         return True
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
         """Let go of the GIL until the workers run: a short job would be over before they get it."""
         patience = time.perf_counter() + _PATIENCE
         while self._state[STARTED] < self._called and time.perf_counter() < patience:
             time.sleep(2e-5)
 
+    def close(self, join: bool) -> None:
+        """End the workers; `join` waits for them, which in a fork would be for ever."""
+        self._dismiss()
+        for worker in self._workers if join else ():
+            worker.join()
+
+
+class Pool:
+    """`n_threads` threads, the caller's included. Jobs of several callers queue; a fork starts its own workers."""
+
+    def __init__(self, n_threads: int, resolve: Callable[[str, str], int]) -> None:
+        """resolve: gives the address of a kernel by module and function (words.py)."""
+        self._lock = FairLock()
+        self._recording: Program | None = None
+        self._one = np.ones(1 + JOB_WORDS, np.int64)  # a list of one job
+        self._serve = _KERNEL(resolve("numba_pool", "serve"))
+        self._run_jobs = _KERNEL(resolve("numba_pool", "run_jobs"))
+        self._crews: dict[int, _Crew] = {}
+        self._pid = os.getpid()
+        self.use(n_threads)
+
+    def use(self, n_threads: int) -> None:
+        """Run what follows on so many threads, until the next call."""
+        if n_threads < 1:
+            raise ValueError(f"n_threads is {n_threads}; it must be 1 or more")
+        self.n_threads = n_threads
+
+    def run(self, task: int, words: np.ndarray, units: int, *keep: Any) -> None:
+        """Run units 0 .. units-1 of a kernel and return when all are done.
+
+        task: the kernel's address; words: its arguments, (n,) int64; keep: what they point to
+        """
+        if self._recording is not None:
+            self._recording.add(task, words, units, keep)
+        with self._lock:
+            crew = self._crew()
+            self._one[1:] = task, address(words), units
+            if units > 1 and crew.gather():
+                crew.wait()
+            self._submit(crew, self._one)
+
+    def call(self, function: Callable[[], object]) -> None:
+        """Call a function that does in Python what no kernel does, between the jobs before and after it."""
+        if self._recording is not None:
+            self._recording.add_call(function)
+        function()
+
+    def run_jobs(self, jobs: np.ndarray) -> None:
+        """Run a list of jobs (words.py), one after another."""
+        with self._lock:
+            crew = self._crew()
+            crew.gather()
+            self._submit(crew, jobs)
+
+    def record(self, work: Callable[[], object]) -> Program:
+        """Do some work and return it as a program: the jobs and calls that the pool was asked for meanwhile."""
+        program = self._recording = Program()
+        try:
+            work()
+        finally:
+            self._recording = None
+        program.finish()
+        return program
+
+    def _crew(self) -> _Crew:
+        if self._pid != os.getpid():
+            self._crews, self._pid = {}, os.getpid()
+        if self.n_threads not in self._crews:
+            self._crews[self.n_threads] = _Crew(self.n_threads, self._serve)
+        return self._crews[self.n_threads]
+
+    def _submit(self, crew: _Crew, jobs: np.ndarray) -> None:
+        self._run_jobs(crew.spare, crew.spare + 8, crew.base, address(jobs))
+
     def close(self) -> None:
         """End the workers. The pool can be used again; it then starts new ones."""
         with self._lock:
-            self._dismiss()
-            if self._pid == os.getpid():
-                for worker in self._workers:
-                    worker.join()
-            self._reset()
+            for crew in self._crews.values():
+                crew.close(join=self._pid == os.getpid())
+            self._crews = {}

@@ -23,10 +23,7 @@ def get_kernels(backend: str = "auto", n_threads: int | None = None, int8: bool 
         backend = os.environ.get("TRIT_BACKEND") or "auto"
     if backend not in BACKENDS:
         raise BackendError(f"there is no backend {backend!r}; there are {', '.join(BACKENDS)}")
-    if n_threads is not None and n_threads < 1:
-        raise BackendError(f"n_threads is {n_threads}; it must be 1 or more")
-    if n_threads is not None and n_threads > MAX_THREADS:
-        raise BackendError(f"n_threads is {n_threads}; it must be at most {MAX_THREADS}")
+    check_threads("n_threads", n_threads)
     for name in ("native", "numba", "numpy") if backend == "auto" else (backend,):
         try:
             return _make(name, n_threads, int8)
@@ -37,6 +34,12 @@ def get_kernels(backend: str = "auto", n_threads: int | None = None, int8: bool 
             if backend != "auto" or os.environ.get("TRIT_NATIVE_ISA"):
                 raise
     raise AssertionError("the NumPy backend works everywhere")
+
+
+def check_threads(name: str, n_threads: int | None) -> None:
+    """Raises BackendError for a number of threads that no backend takes."""
+    if n_threads is not None and not 1 <= n_threads <= MAX_THREADS:
+        raise BackendError(f"{name} is {n_threads}; it must be from 1 to {MAX_THREADS}")
 
 
 def _make(name: str, n_threads: int | None, int8: bool) -> Kernels:
