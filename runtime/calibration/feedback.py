@@ -21,8 +21,9 @@ import numpy as np
 from formats.best_units import Search, fit_units, search_reference
 from formats.trit import ENTRIES, GROUP, max_level
 
-# Of the mean of H's diagonal, added to it: with less, the encoder learns the calibration text by heart.
-DAMPING, TARGET_DAMPING = 0.1, 0.2
+# Without these the encoder learns the calibration text by heart: correlations of inputs are taken to be smaller than
+# they were found by a share SHRINKAGE, and DAMPING times the mean of H's diagonal is added to it.
+SHRINKAGE, DAMPING = 0.2, 0.2
 WIDEST_DOUBLE = 4096  # columns up to which the factors are computed in float64
 BLOCK = 512
 
@@ -56,10 +57,21 @@ class RoundColumns(Protocol):
     ) -> tuple[np.ndarray, np.ndarray]: ...
 
 
-def factorize(hessian: np.ndarray, damping: float = DAMPING) -> Factors:
+def regularize(hessian: np.ndarray) -> None:
+    """Pull H towards a multiple of the identity, in place, so that what it leads to holds for other texts too.
+
+    hessian: (in, in) float32
+    """
+    diagonal = np.diagonal(hessian).copy()
+    hessian *= np.float32(1 - SHRINKAGE)
+    # Inputs that are always zero leave everything open.
+    hessian[np.diag_indices(len(hessian))] = diagonal + (np.float32(DAMPING) * diagonal.mean() or np.float32(1))
+
+
+def factorize(hessian: np.ndarray) -> Factors:
     """Choose the order of the columns and decompose H.
 
-    hessian: (in, in) floating point, symmetric, positive semidefinite
+    hessian: (in, in) floating point, symmetric, positive definite
     """
     n = len(hessian)
     padded = -(-n // GROUP) * GROUP
@@ -68,13 +80,11 @@ def factorize(hessian: np.ndarray, damping: float = DAMPING) -> Factors:
     groups = diagonal.reshape(-1, GROUP)
     inside = np.argsort(-groups, axis=1, kind="stable") + np.arange(0, padded, GROUP)[:, None]
     order = inside[np.argsort(-groups.mean(axis=1), kind="stable")].reshape(-1)
-    extra = damping * float(diagonal[:n].mean()) or 1.0  # inputs that are always zero leave everything open
     real = np.flatnonzero(order < n)
-    h = np.zeros((padded, padded), np.float64 if n <= WIDEST_DOUBLE else np.float32)
+    h = np.eye(padded, dtype=np.float64 if n <= WIDEST_DOUBLE else np.float32)
     for first in range(0, n, BLOCK):
         rows = real[first : first + BLOCK]
         h[np.ix_(rows, real)] = hessian[np.ix_(order[rows], order[real])]
-    h[np.diag_indices(padded)] += extra
     cholesky_upper(h)
     scale = np.diagonal(h).copy()
     h /= scale
@@ -157,18 +167,14 @@ def quantize(
     return np.ascontiguousarray(levels[:, : w.shape[1]]), codes, units
 
 
-def corrected(w: np.ndarray, rest: np.ndarray, hessian: np.ndarray, damping: float = TARGET_DAMPING) -> np.ndarray:
+def corrected(w: np.ndarray, rest: np.ndarray, hessian: np.ndarray) -> np.ndarray:
     """Move a matrix so that from the inputs that it will get it makes the outputs that it should.
 
     The inputs are wrong already, because what comes before is quantised. This is the least squares solution, pulled
-    towards the matrix itself: W + (sum of (y - W x) x^T) (H + damping)^-1.
+    towards the matrix itself as far as H was regularised: W + (sum of (y - W x) x^T) H^-1.
 
-    w: (out, in) float32; rest: (out, in), that sum over the inputs x and the wanted outputs y; hessian: (in, in), H
+    w: (out, in) float32; rest: (out, in), that sum over the inputs x and the wanted outputs y; hessian: (in, in)
     returns: (out, in) float32
     """
     h = hessian.astype(np.float64) if len(hessian) <= WIDEST_DOUBLE else hessian
-    places, diagonal = np.diag_indices(len(h)), np.diagonal(h).copy()
-    h[places] += damping * float(diagonal.mean()) or 1.0
-    better = (w + np.linalg.solve(h, rest.T.astype(h.dtype, copy=False)).T).astype(np.float32)
-    h[places] = diagonal  # as it was: at 8B shape there is no room for a copy
-    return better
+    return (w + np.linalg.solve(h, rest.T.astype(h.dtype, copy=False)).T).astype(np.float32)

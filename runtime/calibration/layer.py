@@ -15,7 +15,7 @@ import numpy as np
 
 from formats.trit import GROUP
 
-from .feedback import Factors, Rounded, corrected, factorize
+from .feedback import Factors, Rounded, corrected, factorize, regularize
 from .streams import Forward, Stream, product
 
 PASSES = 6  # over the tokens
@@ -107,6 +107,7 @@ class LayerRun:
         return moments
 
     def _round_inputs(self, half: Half, moments: Moments) -> list[np.ndarray]:
+        regularize(moments.hessian)
         factors = factorize(moments.hessian)
         found = []
         for name in half.inputs:
@@ -132,7 +133,9 @@ class LayerRun:
 
     def _round_output(self, half: Half, moments: Moments) -> np.ndarray:
         w = self._matrix(half.output)
-        better = corrected(w, moments.wanted - w @ moments.hessian, moments.hessian)
+        rest = moments.wanted - w @ moments.hessian
+        regularize(moments.hessian)
+        better = corrected(w, rest, moments.hessian)
         factors = factorize(moments.hessian)
         del moments
         return self._round(half.output, better, factors)
