@@ -52,6 +52,7 @@ LEVELS = np.array(
     ],
     np.float32,
 )
+BOUNDS = (LEVELS[:-1] + LEVELS[1:]) / np.float32(2)
 
 
 def nested_levels() -> np.ndarray:
@@ -153,7 +154,7 @@ class NF4Codec(Codec):
         packed, absmax = _quantize_blocks(w, params["block"])
         parts = {"codes": packed, "levels": LEVELS, "absmax": absmax}
         if params["nested_block"]:
-            parts.update(_quantize_scales(absmax, params["nested_block"]))
+            parts.update(quantize_scales(absmax, params["nested_block"]))
         check_fits(np.abs(block_scales(parts, params)).max(), params["dtype"], self.name)
         return params, parts
 
@@ -192,7 +193,6 @@ def _quantize_blocks(w: np.ndarray | Rows, block: int) -> tuple[np.ndarray, np.n
     """
     n = math.prod(w.shape)
     whole = n // block * block
-    bounds = (LEVELS[:-1] + LEVELS[1:]) / np.float32(2)
     codes = np.empty(-(-n // 2), np.uint8)
     absmax = np.empty(-(-n // block), np.float32)
     for start in range(0, whole, CHUNK):
@@ -201,15 +201,15 @@ def _quantize_blocks(w: np.ndarray | Rows, block: int) -> tuple[np.ndarray, np.n
         top = np.abs(x).max(axis=1)
         absmax[start // block : stop // block] = top
         scaled = np.clip(x * (np.float32(1) / np.maximum(top, TINY))[:, None], -1, 1)
-        codes[start // 2 : stop // 2] = pack_codes(_nearest(bounds, scaled.reshape(-1)))
+        codes[start // 2 : stop // 2] = pack_codes(nearest(BOUNDS, scaled.reshape(-1)))
     if whole < n:
         x = finite_span(w, whole, n)
         absmax[-1] = max(np.abs(x).max(), TINY)
-        codes[whole // 2 :] = pack_codes(_nearest(bounds, x / absmax[-1]))
+        codes[whole // 2 :] = pack_codes(nearest(BOUNDS, x / absmax[-1]))
     return codes, absmax
 
 
-def _quantize_scales(absmax: np.ndarray, nested_block: int) -> dict[str, np.ndarray]:
+def quantize_scales(absmax: np.ndarray, nested_block: int) -> dict[str, np.ndarray]:
     """Store the scales as one byte each, relative to their mean and to the largest of 256.
 
     absmax: (blocks,) float32
@@ -224,14 +224,14 @@ def _quantize_scales(absmax: np.ndarray, nested_block: int) -> dict[str, np.ndar
     divisor = np.repeat(np.where(top > 0, top, np.float32(1)), nested_block)[: y.size]
     bounds = (table[:-1] + table[1:]) / np.float32(2)
     return {
-        "absmax": _nearest(bounds, y / divisor),
+        "absmax": nearest(bounds, y / divisor),
         "nested_absmax": top,
         "nested_levels": table,
         "offset": np.array([offset], np.float32),
     }
 
 
-def _nearest(bounds: np.ndarray, values: np.ndarray) -> np.ndarray:
+def nearest(bounds: np.ndarray, values: np.ndarray) -> np.ndarray:
     """Index of the nearest level, the lower one on a tie: uint8."""
     if len(bounds) > 16:
         return np.searchsorted(bounds, values, side="left").astype(np.uint8)

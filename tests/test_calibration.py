@@ -16,6 +16,7 @@ from tiny import MATRICES, folder_with_tokenizer
 from formats.container import open_trit
 from formats.convert import convert
 from formats.mixed import Measured, allocate, base_depth
+from formats.nf4 import NF4Codec
 from formats.source import Source, expected_tensors, open_source
 from formats.trit import GROUP, quantize_levels
 from formats.trit_codec import encode_reference
@@ -24,13 +25,13 @@ from runtime.calibration.feedback import (
     DAMPING,
     SHRINKAGE,
     Factors,
-    Rounded,
     corrected,
     factorize,
     quantize,
     regularize,
 )
 from runtime.calibration.layer import MLP, LayerRun, Moments
+from runtime.calibration.nf4 import PARAMS, quantize_nf4
 from runtime.calibration.run import Calibration
 from runtime.calibration.streams import Forward
 from runtime.calibration.windows import CalibrationError, cut_windows
@@ -112,6 +113,17 @@ def test_the_largest_weights_are_never_cut_off(depth: int) -> None:
     assert found[17, 50] == pytest.approx(3.0, rel=0.2)
 
 
+@pytest.mark.parametrize(("shape", "limit"), [((5, 33), 1.0), ((40, 160), 0.8)], ids=str)
+def test_nf4_with_feedback(shape: tuple[int, int], limit: float) -> None:
+    w, hessian = problem(*shape)
+    w[3, 20] = 3.0
+    codec = NF4Codec()
+    parts, found = quantize_nf4(w, factorize(hessian))
+    assert np.array_equal(codec.dequantize(parts, shape, PARAMS), found)
+    assert loss(w, found, hessian) < limit * loss(w, codec.dequantize(codec.quantize(w)[1], shape, PARAMS), hessian)
+    assert found[3, 20] == pytest.approx(3.0, rel=0.05)
+
+
 def test_the_corrected_matrix_takes_back_an_error_of_its_inputs() -> None:
     rng = np.random.default_rng(5)
     w = rng.standard_normal((8, 24)).astype(np.float32)
@@ -141,9 +153,9 @@ def test_matrices_of_a_layer_aim_at_what_the_source_makes_of_its_own_inputs(tmp_
     w = {name: rng.standard_normal((8, 24)).astype(np.float32) for name in ("w1", "w3", "w2")}
     seen: dict[str, np.ndarray] = {}
 
-    def quantize(name: str, better: np.ndarray, factors: Factors) -> Rounded:
+    def quantize(name: str, better: np.ndarray, factors: Factors) -> tuple[dict[str, np.ndarray], np.ndarray]:
         seen[name] = better
-        return np.zeros(better.shape, np.int8), np.zeros((8, 2), np.uint8), np.zeros(32, np.float32)
+        return {}, better
 
     run = LayerRun(cast(Forward, None), w.get, quantize, tmp_path, 0, lambda: None)
     x = rng.standard_normal((500, 24)).astype(np.float32)
@@ -175,16 +187,16 @@ class Stopped(Exception):
 
 
 @contextmanager
-def calibration(source: Source, folder: Path, depth: int, stop: int = 0, threads: int = 2) -> Iterator[Source]:
+def calibration(source: Source, folder: Path, codec: str, stop: int = 0, threads: int = 2) -> Iterator[Source]:
     def progress(done: int, total: int, what: str) -> None:
         if done == stop:
             raise Stopped
 
-    depths = {name: depth for name in expected_tensors(source.config) if name.endswith(MATRICES)}
+    codecs = {name: codec for name in expected_tensors(source.config) if name.endswith(MATRICES)}
     kernels = get_kernels("numba", threads, int8=False)
     with ThreadPoolExecutor(threads) as pool:
         try:
-            yield Calibration(source, windows_of(source), depths, folder, kernels, pool, progress).run()
+            yield Calibration(source, windows_of(source), codecs, folder, kernels, pool, progress).run()
         finally:
             kernels.close()
 
@@ -201,42 +213,41 @@ def divergence(source: Path, other: Path, windows: np.ndarray) -> float:
     return float((np.exp(logs[0]) * (logs[0] - logs[1])).sum(axis=1).mean())
 
 
-@pytest.mark.parametrize("depth", [1, 2, 4])
-def test_a_calibrated_model_is_nearer_to_its_source(source: Source, depth: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("codec", "limit"), [("trit1", 0.7), ("trit2", 0.5), ("trit4", 0.5), ("nf4", 0.5)])
+def test_a_calibrated_model_is_nearer_to_its_source(source: Source, codec: str, limit: float, tmp_path: Path) -> None:
     base, plain, better = tmp_path / "base.trit", tmp_path / "plain.trit", tmp_path / "better.trit"
     convert(source, base, "f32", embed="f32")
-    convert(source, plain, f"trit{depth}", embed="f32")
-    with calibration(source, tmp_path / "state", depth) as found:
-        convert(found, better, f"trit{depth}", embed="f32")
+    convert(source, plain, codec, embed="f32")
+    with calibration(source, tmp_path / "state", codec) as found:
+        convert(found, better, codec, embed="f32")
     windows = windows_of(source)
-    limit = {1: 0.7, 2: 0.5, 4: 0.5}[depth]
     assert divergence(base, better, windows) < limit * divergence(base, plain, windows)
 
 
 @pytest.mark.parametrize("stop", [3, 9, 12])
 def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(source: Source, stop: int, tmp_path: Path) -> None:
-    with calibration(source, tmp_path / "whole", 2, threads=1) as found:
+    with calibration(source, tmp_path / "whole", "trit2", threads=1) as found:
         convert(found, tmp_path / "whole.trit", "trit2")
-    with pytest.raises(Stopped), calibration(source, tmp_path / "state", 2, stop):
+    with pytest.raises(Stopped), calibration(source, tmp_path / "state", "trit2", stop):
         raise AssertionError("it should have stopped")
-    with calibration(source, tmp_path / "state", 2) as found:
+    with calibration(source, tmp_path / "state", "trit2") as found:
         convert(found, tmp_path / "resumed.trit", "trit2")
     assert (tmp_path / "resumed.trit").read_bytes() == (tmp_path / "whole.trit").read_bytes()
 
 
 def test_a_finished_layer_is_not_worked_on_again(source: Source, tmp_path: Path) -> None:
-    with pytest.raises(Stopped), calibration(source, tmp_path, 2, stop=8):
+    with pytest.raises(Stopped), calibration(source, tmp_path, "trit2", stop=8):
         pass
     assert sorted(path.name for path in tmp_path.glob("layer-*")) == ["layer-0000.npz"]
     before = (tmp_path / "layer-0000.npz").stat().st_mtime_ns
-    with calibration(source, tmp_path, 2):
+    with calibration(source, tmp_path, "trit2"):
         assert (tmp_path / "layer-0000.npz").stat().st_mtime_ns == before
 
 
 def test_the_folder_of_another_conversion_is_refused(source: Source, tmp_path: Path) -> None:
-    with calibration(source, tmp_path, 2):
+    with calibration(source, tmp_path, "trit2"):
         pass
-    with pytest.raises(CalibrationError, match="another conversion"), calibration(source, tmp_path, 3):
+    with pytest.raises(CalibrationError, match="another conversion"), calibration(source, tmp_path, "trit3"):
         pass
 
 

@@ -34,6 +34,7 @@ from .perplexity import read_text
 
 CONTEXTS = (8192, 32768, 131072)
 TOKENS = 32768
+CALIBRATED = (*TRITS, MIXED, "nf4")
 HELP = "convert a Hugging Face folder or a GGUF file to a .trit file"
 
 
@@ -91,8 +92,8 @@ def _main(argv: list[str]) -> int:
         parser.error("the following arguments are required: -o/--out")
     if (args.bpw is None) == (args.quant == [MIXED]):
         parser.error(f"--quant {MIXED} goes with --bpw, and nothing else does")
-    if args.calibrate and (len(args.quant) > 1 or args.quant[0] not in (*TRITS, MIXED)):
-        parser.error(f"--calibrate goes with one codec of {', '.join((*TRITS, MIXED))}")
+    if args.calibrate and (len(args.quant) > 1 or args.quant[0] not in CALIBRATED):
+        parser.error(f"--calibrate goes with one codec of {', '.join(CALIBRATED)}")
     if args.report is not None and not Path(args.report).absolute().parent.is_dir():
         raise UserError(f"{args.report}: no such folder for the report")
     started = time.perf_counter()
@@ -152,10 +153,9 @@ def calibrated(
         ]
         check_outputs(source, [summary], args.overwrite)
         codecs = {item.name: item.codec for item in summary.plan if item.is_matrix}
-        depths = {name: int(codec.removeprefix("trit")) for name, codec in codecs.items()}
-        print_depths(depths, summary.matrix_bpw)
+        print_codecs(codecs, summary.matrix_bpw)
         with Bar("calibrate", unit="step") as bar:
-            found = Calibration(source, windows, depths, state, kernels, pool, bar).run()
+            found = Calibration(source, windows, codecs, state, kernels, pool, bar).run()
     texts = " ".join(f"--calibrate {Path(path).name}" for path in args.calibrate)
     return found, codecs, f"{texts} --calibrate-tokens {windows.size}"
 
@@ -203,13 +203,13 @@ def print_plan(summary: Summary) -> None:
     )
 
 
-def print_depths(depths: Mapping[str, int], bpw: float) -> None:
-    """Say on stderr which matrices get how many trits."""
+def print_codecs(codecs: Mapping[str, str], bpw: float) -> None:
+    """Say on stderr which matrices get which codec."""
     print(f"plan: {bpw:.2f} bits per weight in the layers' matrices", file=sys.stderr)
-    for depth, count in sorted(Counter(depths.values()).items()):
-        roles = Counter(name.rsplit(".", 1)[-1] for name, found in depths.items() if found == depth)
+    for codec, count in sorted(Counter(codecs.values()).items()):
+        roles = Counter(name.rsplit(".", 1)[-1] for name, found in codecs.items() if found == codec)
         which = ", ".join(f"{n} {role}" for role, n in sorted(roles.items()))
-        print(f"  {count} matrices of {depth} trits: {which}", file=sys.stderr)
+        print(f"  {count} matrices in {codec}: {which}", file=sys.stderr)
 
 
 def print_memory(summary: Summary, source: Source) -> None:

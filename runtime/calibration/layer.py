@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from formats.trit import GROUP
+from formats.codec_base import Parts
 
-from .feedback import Factors, Rounded, corrected, factorize, regularize
+from .feedback import Factors, corrected, factorize, regularize
 from .streams import Forward, Stream, product
 
 PASSES = 6  # over the tokens
@@ -54,18 +54,19 @@ class LayerRun:
     """Quantises the matrices of one layer and moves both streams through it.
 
     tensor: gives the source's by name as float32, None for a bias that is not there
-    quantize: called with a matrix's name, its values and the factors of its inputs' H
+    quantize: called with a matrix's name, its values and the factors of its inputs' H; gives the parts of its codec and
+    what these are dequantised to, (out, in) float32
     folder: for what lies between the steps; progress: called after each batch
-    rounded: what comes out, by name
+    found: the parts, by name of the matrix
     """
 
     forward: Forward
     tensor: Callable[[str], np.ndarray | None]
-    quantize: Callable[[str, np.ndarray, Factors], Rounded]
+    quantize: Callable[[str, np.ndarray, Factors], tuple[Parts, np.ndarray]]
     folder: Path
     tokens: int
     progress: Callable[[], None]
-    rounded: dict[str, Rounded] = field(default_factory=dict)
+    found: dict[str, Parts] = field(default_factory=dict)
 
     def run(self, source: Stream, quantized: Stream) -> Streams:
         """Go through the layer.
@@ -142,8 +143,8 @@ class LayerRun:
 
     def _round(self, name: str, w: np.ndarray, factors: Factors) -> np.ndarray:
         """Quantise a matrix; returns what it is dequantised to."""
-        self.rounded[name] = levels, codes, units = self.quantize(name, w, factors)
-        return levels * np.repeat(units[codes], GROUP, axis=1)[:, : levels.shape[1]]
+        self.found[name], values = self.quantize(name, w, factors)
+        return values
 
     def _inner(self, half: Half) -> Callable[..., np.ndarray]:
         return self.forward.attended if half is ATTENTION else self.forward.gated

@@ -16,8 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
+from formats.codec_base import Parts
+from formats.plan import OPTIONS
 from formats.source import Carried, Source
-from formats.trit import pack
+from formats.trit import GROUP, pack
 from formats.version import __version__
 
 from ..config import ModelConfig
@@ -25,19 +27,19 @@ from ..kernels import Kernels
 from ..kernels.numba_best import BestSearch
 from ..kernels.numba_feedback import RoundColumns
 from .effects import embedded
-from .feedback import Factors, Rounded, quantize
+from .feedback import Factors, quantize
 from .layer import PASSES, LayerRun, Streams
+from .nf4 import quantize_nf4
 from .streams import Forward, Stream
 from .windows import CalibrationError
 
-PARAMS = {"dtype": "float32"}
 Progress = Callable[[int, int, str], None]
 
 
 class Calibration:
-    """Quantises the matrices of all layers to trits.
+    """Quantises the matrices of all layers.
 
-    windows: (windows, ctx) integer, the text; depths: trits of each matrix by name
+    windows: (windows, ctx) integer, the text; codecs: of each matrix by name, trit1 to trit4 or nf4
     folder: of what is needed to go on, made if it is not there; the result reads from it
     kernels: exact ones; progress: called with (done, total, what)
     Raises CalibrationError if the folder belongs to another conversion.
@@ -47,13 +49,13 @@ class Calibration:
         self,
         source: Source,
         windows: np.ndarray,
-        depths: Mapping[str, int],
+        codecs: Mapping[str, str],
         folder: Path,
         kernels: Kernels,
         pool: ThreadPoolExecutor,
         progress: Progress | None = None,
     ) -> None:
-        self._source, self._windows, self._depths, self._folder = source, windows, depths, folder
+        self._source, self._windows, self._codecs, self._folder = source, windows, codecs, folder
         self._config = ModelConfig.from_dict(source.config, str(source.path))
         self._forward = Forward(self._config, kernels, windows.shape[1])
         self._round_columns, self._search = RoundColumns(pool.map), BestSearch(pool.map)
@@ -65,7 +67,7 @@ class Calibration:
     def run(self) -> Source:
         """Quantise every layer that is not finished.
 
-        returns: the source with its matrices carried as trits
+        returns: the source with its matrices carried in their codecs
         """
         streams = None
         for i in range(self._config.n_layers):
@@ -93,8 +95,14 @@ class Calibration:
             found = self._source.tensors.get(f"layers.{i}.{name}")
             return None if found is None else np.ascontiguousarray(found.read(), np.float32)
 
-        def to_trits(name: str, w: np.ndarray, factors: Factors) -> Rounded:
-            return quantize(w, factors, self._depths[f"layers.{i}.{name}"], self._round_columns, self._search)
+        def to_codec(name: str, w: np.ndarray, factors: Factors) -> tuple[Parts, np.ndarray]:
+            codec = self._codecs[f"layers.{i}.{name}"]
+            if codec == "nf4":
+                return quantize_nf4(w, factors)
+            depth = int(codec.removeprefix("trit"))
+            levels, codes, units = quantize(w, factors, depth, self._round_columns, self._search)
+            values = levels * np.repeat(units[codes], GROUP, axis=1)[:, : levels.shape[1]]
+            return {"units": units, "blocks": pack(levels, codes, depth)}, values
 
         def step() -> None:
             self._done += 1
@@ -102,16 +110,11 @@ class Calibration:
                 total = self._steps * self._config.n_layers
                 self._progress(self._done, total, f"layer {i + 1} of {self._config.n_layers}")
 
-        run = LayerRun(self._forward, tensor, to_trits, self._folder, self._windows.size, step)
+        run = LayerRun(self._forward, tensor, to_codec, self._folder, self._windows.size, step)
         after = self._streams(i + 1)
         for worked, kept in zip(run.run(*before), after, strict=True):
             os.replace(worked.path, kept.path)
-        values: dict[str, np.ndarray] = {}
-        for name, (levels, codes, units) in run.rounded.items():
-            values |= {
-                f"{name}.units": units,
-                f"{name}.blocks": pack(levels, codes, self._depths[f"layers.{i}.{name}"]),
-            }
+        values = {f"{name}.{part}": array for name, parts in run.found.items() for part, array in parts.items()}
         partial = self._folder / "work-layer.npz"
         np.savez(partial, **values)  # type: ignore[arg-type]
         os.replace(partial, self._layer_file(i))
@@ -136,7 +139,7 @@ class Calibration:
             "source": [list(file) for file in files],
             "text": hashlib.sha256(np.ascontiguousarray(self._windows, np.int64).tobytes()).hexdigest(),
             "windows": list(self._windows.shape),
-            "depths": dict(self._depths),
+            "codecs": dict(self._codecs),
             "version": __version__,
         }
         self._folder.mkdir(exist_ok=True)
@@ -153,9 +156,9 @@ class Calibration:
 
     def _carrying(self) -> Source:
         tensors = dict(self._source.tensors)
-        for name, depth in self._depths.items():
+        for name, codec in self._codecs.items():
             layer, matrix = name.removeprefix("layers.").split(".")
-            carried = Carried(f"trit{depth}", PARAMS, _parts_reader(self._layer_file(int(layer)), matrix))
+            carried = Carried(codec, OPTIONS[codec], _parts_reader(self._layer_file(int(layer)), matrix))
             tensors[name] = replace(tensors[name], carried=carried)
         return replace(self._source, tensors=tensors)
 
@@ -163,6 +166,6 @@ class Calibration:
 def _parts_reader(file: Path, matrix: str) -> Callable[[], dict[str, np.ndarray]]:
     def read() -> dict[str, np.ndarray]:
         with np.load(file) as values:
-            return {part: values[f"{matrix}.{part}"] for part in ("units", "blocks")}
+            return {key.partition(".")[2]: values[key] for key in values.files if key.startswith(f"{matrix}.")}
 
     return read
