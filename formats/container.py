@@ -63,7 +63,6 @@ class TritFile:
         self.header = header
         self.size = len(data)
         self.fingerprint = hashlib.sha256(raw).hexdigest()
-        self._header_end = len(raw)
         self._map: mmap.mmap | None = data
         self._tensors = {entry.name: _map_tensor(data, entry, path) for entry in entries}
 

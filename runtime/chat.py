@@ -112,7 +112,7 @@ def _begin(llm: Llama, console: Console, args: argparse.Namespace, chat: bool) -
     if args.session is None or not os.path.lexists(args.session):
         return Conversation(chat, args.system_prompt)
     talk = Conversation.load(llm, args.session, chat)
-    console.say(f"session: {args.session}, {len(talk.turns) // 2} exchanges")
+    console.say(f"session: {args.session}, {talk.size}")
     if args.system_prompt is not None and args.system_prompt != talk.system:
         console.say("note: the system message of -sys takes the place of the session's")
         talk.system = args.system_prompt

@@ -33,6 +33,12 @@ class Conversation:
         """The list of `messages` or `texts`, whichever is in use."""
         return self.messages if self.chat else self.texts
 
+    @property
+    def size(self) -> str:
+        """How long it is, for people."""
+        count = len(self.turns) // 2
+        return f"{count} exchange" + "s" * (count != 1)
+
     def ask(self, llm: Engine, text: str) -> None:
         """Add a question, or a piece of the plain text."""
         if self.chat:
@@ -67,7 +73,7 @@ class Conversation:
             found = cls.from_json(value, llm.config.vocab_size)
             if found.chat != chat:
                 kinds = ("a plain text (--raw)", "a conversation")
-                raise CacheError(f"{path} holds {kinds[found.chat]}, this is {kinds[chat]}")
+                raise CacheError(f"it holds {kinds[found.chat]}, this is {kinds[chat]}")
             return found
 
         return llm.load_session(path, read)

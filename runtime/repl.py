@@ -69,7 +69,7 @@ class Repl:
             self._ask(first)
         while (message := self._read_message()) is not None:
             if isinstance(message, Command):
-                if message.name in ("/exit", "/bye", "/quit"):
+                if message.name in ("/exit", "/bye", "/quit") and not message.argument:
                     break
                 self._command(message.name, message.argument)
             elif message.strip():
@@ -176,7 +176,9 @@ class Repl:
     # ==== Commands ====
 
     def _command(self, name: str, argument: str) -> None:
-        if name not in self._commands:
+        if name in ("/exit", "/bye", "/quit"):
+            self.console.say(f"error: {name} takes no text")
+        elif name not in self._commands:
             self.console.say(f"error: unknown command {name} (/help lists them; //text sends /text)")
         elif argument and name not in ("/system", "/save", "/load"):
             self.console.say(f"error: {name} takes no text")
@@ -216,7 +218,7 @@ class Repl:
             self.console.say("error: there is nothing to take back")
             return
         del turns[-2:]
-        self.console.say(f"(taken back; {len(turns) // 2} exchanges are left)")
+        self.console.say(f"(taken back; {self.talk.size} left)")
 
     def _stats(self, _: str) -> None:
         if self.stats is None:
@@ -224,12 +226,11 @@ class Repl:
         else:
             self.console.say(stats_line(self.llm, self.stats))
 
-
     def _save(self, path: str) -> None:
         if not path:
             self.console.say("error: /save FILE takes the name of a file")
         elif self._try(lambda: self.talk.save(self.llm, path)):
-            self.console.say(f"(saved {len(self.talk.turns) // 2} exchanges)")
+            self.console.say(f"(saved {self.talk.size})")
 
     def _load(self, path: str) -> None:
         if not path:
@@ -239,7 +240,7 @@ class Repl:
 
     def _go_on(self, path: str) -> None:
         self.talk = Conversation.load(self.llm, path, self.talk.chat)
-        self.console.say(f"(loaded {len(self.talk.turns) // 2} exchanges)")
+        self.console.say(f"(loaded {self.talk.size})")
 
 
 def _enable_line_editing() -> None:

@@ -204,7 +204,7 @@ def test_regen_undo_and_reset(model: Path) -> None:
     figures = reused(done)
     assert figures[1] == (figures[0][0], figures[0][0] - 1)
     assert figures[3][0] == figures[2][0] and figures[4][1] == 0
-    assert "(taken back; 1 exchanges are left)" in done.stderr
+    assert "(taken back; 1 exchange left)" in done.stderr
     answers = done.stdout
     assert answers.startswith(converse(model, "one").stdout)
 
@@ -266,7 +266,7 @@ def test_a_session_goes_on_where_it_ended(model: Path, tmp_path: Path) -> None:
 def test_save_and_load(model: Path, tmp_path: Path) -> None:
     path = tmp_path / "a.session"
     done = converse(model, "one", f"/save {path}", "two", "/reset", f"/load {path}", "two", "/load", f"/load {path}x")
-    assert "(saved 1 exchanges)" in done.stderr and "(loaded 1 exchanges)" in done.stderr
+    assert "(saved 1 exchange)" in done.stderr and "(loaded 1 exchange)" in done.stderr
     assert reused(done)[2] == reused(done)[1]
     assert "error: /load FILE takes the name of a file" in done.stderr
     assert f"error: {path}x: No such file" in done.stderr

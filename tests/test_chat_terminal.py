@@ -98,7 +98,7 @@ def test_ctrl_c_stops_an_answer_and_keeps_the_conversation(terminal: Terminal) -
     terminal.type("/stats\n")
     assert "cancelled" in terminal.expect("numpy]")
     terminal.type("/undo\n")
-    terminal.expect("(taken back; 0 exchanges are left)")
+    terminal.expect("(taken back; 0 exchanges left)")
     terminal.type("\x04")
     assert terminal.exit_code() == 0
 

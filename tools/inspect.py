@@ -29,10 +29,11 @@ SHORT_TEXT = 200
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this command to a parser."""
     parser.add_argument("model", metavar="FILE.trit", help="the file")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--tensors", action="store_true", help="list every tensor, not one line per kind")
     parser.add_argument("--verify", action="store_true", help="read and check everything; exit code 2 on damage")
-    parser.add_argument("--template", action="store_true", help="print the chat template and nothing else")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print one JSON object")
+    form.add_argument("--template", action="store_true", help="print the chat template and nothing else")
 
 
 def codec_totals(file: TritFile) -> dict[str, dict[str, Any]]:

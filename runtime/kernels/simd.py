@@ -126,11 +126,6 @@ def read_u8(b: ir.IRBuilder, base: ir.Value, offset: ir.Value) -> ir.Value:
     return load(b, base, offset, I8)
 
 
-@operation(types.int8, types.intp, types.intp)
-def read_i8(b: ir.IRBuilder, base: ir.Value, offset: ir.Value) -> ir.Value:
-    return load(b, base, offset, I8)
-
-
 @operation(types.int64, types.intp, types.intp)
 def read_i64(b: ir.IRBuilder, base: ir.Value, offset: ir.Value) -> ir.Value:
     return load(b, base, offset, I64)
