@@ -236,10 +236,13 @@ class Llama(Engine):
     def load_session(self, path: str | os.PathLike[str], read: Callable[[Any], T]) -> T:
         """Put back a context that save_session wrote, and return what `read` makes of the JSON value beside it.
 
-        Raises what load_state and `read` raise, and OSError; the context is as it was then.
+        Raises what load_state and `read` raise, naming the file, and OSError; the context is as it was then.
         """
         with open(path, "rb") as stream:
-            return self._load(stream, read)
+            try:
+                return self._load(stream, read)
+            except CacheError as e:
+                raise CacheError(f"{os.fspath(path)}: {e}") from e
 
     # ==== Private ====
 
