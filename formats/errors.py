@@ -15,7 +15,7 @@ class FormatError(ValueError):
         self.path = os.fspath(path)
         self.tensor = tensor
         self.message = message
-        where = f"tensor {tensor}: " if tensor else ""
+        where = f"tensor {tensor:.256}: " if tensor else ""  # a checkpoint's names may have any length
         super().__init__(f"{self.path}: {where}{message}")
 
     def __reduce__(self) -> tuple[type[FormatError], tuple[str, str, str | None]]:

@@ -443,6 +443,11 @@ def test_errors_survive_pickling():
     assert (type(again), str(again), again.tensor) == (TensorError, "m.trit: tensor a: is wrong", "a")
 
 
+def test_names_of_any_length_make_short_errors():
+    error = TensorError("m.trit", "is wrong", "a" * 5000)
+    assert str(error) == f"m.trit: tensor {'a' * 256}: is wrong" and len(error.tensor) == 5000
+
+
 # ======== anything at all
 
 JUNK = (
