@@ -40,7 +40,7 @@ class PackedTensor:
 
     @property
     def carried(self) -> Carried:
-        return Carried("nf4", self.params, self.parts)
+        return Carried("nf4", self.params, self._checked)
 
     def parts(self) -> dict[str, np.ndarray]:
         """Map the arrays of codec nf4 where they lie.
@@ -57,6 +57,12 @@ class PackedTensor:
             "nested_levels": self._side("nested_quant_map"),
             "offset": np.array([self.offset], F4),
         }
+
+    def _checked(self) -> dict[str, np.ndarray]:
+        parts = self.parts()
+        for problem in NF4Codec().problems(parts, self.shape, self.params):
+            raise SourceError(self.weight.path, f"{problem}: the checkpoint is broken", self.weight.name)
+        return parts
 
     def read_rows(self, start: int, stop: int) -> np.ndarray:
         """Read rows start..stop as bitsandbytes itself dequantises them: (stop - start, ...) float32."""

@@ -143,6 +143,14 @@ def check_fits(largest: np.ndarray | np.float32, dtype: str, codec: str) -> None
         raise ValueError(f"a value of {largest:g} does not fit codec {codec} with dtype {dtype}; use float32")
 
 
+def unfit(largest: np.ndarray | np.float32, dtype: str, codec: str) -> Iterator[str]:
+    """Say what `check_fits` would raise, if anything."""
+    try:
+        check_fits(largest, dtype, codec)
+    except ValueError as exc:
+        yield str(exc)
+
+
 def check_ids(ids: np.ndarray, shape: Shape) -> None:
     """Raise IndexError unless every id is a row; negative ones are not."""
     if ids.size and (ids.min() < 0 or ids.max() >= shape[0]):

@@ -115,6 +115,7 @@ def convert_several(
     if dry_run:
         return summaries
     check_outputs(source, summaries, overwrite)
+    before = _stamps(source)
     metadata = _metadata(source, progress)
     with ExitStack() as stack:
         writers = []
@@ -124,6 +125,9 @@ def convert_several(
             with _naming(summary.path):
                 writers.append(stack.enter_context(TritWriter(summary.path, header, names, overwrite)))
         plans = _write(summaries, writers, encode, progress, report)
+        for path, stamp in _stamps(source).items():
+            if stamp != before[path]:
+                raise SourceError(path, "changed while it was converted; convert it again")
         with _naming(summaries[0].path):
             close_all(writers)
     return [
@@ -230,6 +234,12 @@ def _blaming(item: Planned) -> Iterator[None]:
         assert item.source is not None
         hint = " or bf16 (--quant, --embed)" if item.codec in ("f16", "q8") else ""
         raise SourceError(item.source.file, f"{exc}{hint}", item.source.theirs) from exc
+
+
+def _stamps(source: Source) -> dict[Path, tuple[int, int, int]]:
+    """What tells whether a file of the source is still the same one."""
+    found = {path: os.stat(path) for path in source.files}
+    return {path: (about.st_ino, about.st_size, about.st_mtime_ns) for path, about in found.items()}
 
 
 # ---- header and output ----------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ Blocks are consecutive elements of the flat row-major tensor, so they may cross 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from .codec_base import (
     check_params,
     finite_span,
     round_to,
+    unfit,
 )
 
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -161,6 +163,14 @@ class NF4Codec(Codec):
     def dequantize_range(self, parts: Parts, shape: Shape, params: Params, start: int, stop: int) -> np.ndarray:
         width = math.prod(shape[1:])
         return self._span(parts, params, start * width, stop * width).reshape(stop - start, *shape[1:])
+
+    def problems(self, parts: Parts, shape: Shape, params: Params) -> Iterator[str]:
+        found = list(super().problems(parts, shape, params))
+        yield from found
+        if not found:  # else the product says nothing new
+            with np.errstate(over="ignore"):
+                largest = np.abs(parts["levels"]).max() * np.abs(block_scales(parts, params)).max()
+            yield from unfit(largest, params["dtype"], self.name)
 
     def _span(self, parts: Parts, params: Params, start: int, stop: int) -> np.ndarray:
         """Values start..stop of the flat tensor, as float32."""

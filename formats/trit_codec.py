@@ -19,6 +19,7 @@ from .codec_base import (
     check_params,
     round_to,
     row_chunks,
+    unfit,
 )
 from .trit import (
     ENTRIES,
@@ -85,6 +86,9 @@ class TritCodec(Codec):
         units, flat = parts["units"], parts["blocks"].reshape(-1)
         if not np.isfinite(units).all() or (units < 0).any():
             yield "units holds NaN, infinity or a negative number"
+        else:
+            largest = units.max() * np.float32(max_level(self.depth))
+            yield from unfit(largest, params["dtype"], self.name)
         if units[ENTRIES:].any():
             yield f"units has more than {ENTRIES} entries"
         bad = sum(int((flat[a:b] >= INVALID).sum()) for a, b in row_chunks(flat.shape))

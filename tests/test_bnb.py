@@ -296,6 +296,15 @@ def test_what_is_wrong_is_one_line_with_file_and_tensor(case: str, tmp_path: Pat
         assert "model.safetensors" in caught.value.path
 
 
+def test_scales_whose_products_do_not_fit(tmp_path: Path) -> None:
+    pieces = pieces_of({})
+    retype(".nested_absmax", np.full(1, 1e38, np.float32))(pieces)
+    state_with(dtype="float16")(pieces)
+    source = open_source(write(tmp_path / "source", pieces))
+    with pytest.raises(SourceError, match=r"does not fit codec nf4 with dtype float16.*the checkpoint is broken"):
+        convert(source, tmp_path / "m.trit", "keep")
+
+
 @pytest.mark.parametrize("suffix", [".nested_absmax", ".quant_map", ".nested_quant_map"])
 def test_scales_that_are_not_numbers(suffix: str, tmp_path: Path) -> None:
     pieces = pieces_of({})

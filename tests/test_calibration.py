@@ -33,6 +33,7 @@ from runtime.calibration.feedback import (
 from runtime.calibration.layer import MLP, LayerRun, Moments
 from runtime.calibration.nf4 import PARAMS, quantize_nf4
 from runtime.calibration.run import Calibration
+from runtime.calibration.state import StateFolder
 from runtime.calibration.streams import Forward
 from runtime.calibration.windows import CalibrationError, cut_windows
 from runtime.kernels import get_kernels
@@ -233,6 +234,37 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(source: Source, stop: 
     with calibration(source, tmp_path / "state", "trit2") as found:
         convert(found, tmp_path / "resumed.trit", "trit2")
     assert (tmp_path / "resumed.trit").read_bytes() == (tmp_path / "whole.trit").read_bytes()
+
+
+def test_a_folder_of_something_else_is_left_alone(source: Source, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(CalibrationError, match="holds other things"), calibration(source, tmp_path, "trit2"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_one_calibration_at_a_time_works_in_a_folder(tmp_path: Path) -> None:
+    first = StateFolder(tmp_path / "state", {"a": 1})
+    with pytest.raises(CalibrationError, match="another conversion is at work"):
+        StateFolder(tmp_path / "state", {"a": 1})
+    first.release()
+    with pytest.raises(CalibrationError, match="beginning of another conversion"):
+        StateFolder(tmp_path / "state", {"a": 2})
+    again = StateFolder(tmp_path / "state", {"a": 1})
+    (tmp_path / "state" / "notes.txt").write_text("mine", encoding="utf-8")
+    again.clear()
+    assert [path.name for path in (tmp_path / "state").iterdir()] == ["notes.txt"]
+
+
+def test_a_damaged_folder_is_told(tmp_path: Path) -> None:
+    folder = StateFolder(tmp_path / "state", {})
+    (tmp_path / "state" / "layer-0003.npz").write_bytes(b"PK")
+    with pytest.raises(CalibrationError, match=r"layer-0003\.npz: is damaged"):
+        folder.layer(3)
+    folder.release()
+    (tmp_path / "state" / "job.json").write_text("{", encoding="utf-8")
+    with pytest.raises(CalibrationError, match=r"job\.json: is damaged"):
+        StateFolder(tmp_path / "state", {})
 
 
 def test_a_finished_layer_is_not_worked_on_again(source: Source, tmp_path: Path) -> None:

@@ -339,6 +339,10 @@ def test_every_expected_problem_is_one_line_and_code_2(
         ((small, "-o", out, "--quant", "f16"), "tokenizer.json: has ids up to 511, but"),
         ((folder, "-o", "", "--quant", "f16"), "is a folder"),
         ((folder, "-o", out, "--quant", "f16", "--report", folder / "x" / "y.json"), "no such folder for the report"),
+        ((folder, "-o", out, "--quant", "f16", "--report", out), "is a file of the conversion itself"),
+        ((folder, "-o", out, "--quant", "f16", "--report", folder / "config.json"), "of the conversion itself"),
+        ((folder, "-o", out, "--quant", "f16", "--report", folder.parent), "exists already"),
+        ((folder, "-o", out, "--quant", "f16", "--state", folder.parent / "s"), "go with --calibrate"),
         ((folder, "-o", "/dev/null", "--quant", "f16", "--overwrite"), "is a device or a pipe"),
         ((folder, "-o", folder / "x" / "y.trit", "--quant", "f16"), "no such folder"),
     ]
@@ -382,6 +386,20 @@ def test_a_stopped_process_leaves_nothing(tmp_path: Path, number: int, code: int
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == code and left(folder) == [], err
+
+
+def test_a_source_that_changes_meanwhile_is_refused(folder: Path) -> None:
+    shard, source = folder / "model.safetensors", open_source(folder)
+
+    def change(done: int, total: int, what: str) -> None:
+        if what == "closing":
+            data = bytearray(shard.read_bytes())
+            data[-1] ^= 1
+            shard.write_bytes(data)
+
+    with pytest.raises(SourceError, match=r"model\.safetensors: changed while it was converted"):
+        convert(source, folder.parent / "m.trit", "f16", progress=change)
+    assert left(folder) == []
 
 
 def test_shards_cut_short_are_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

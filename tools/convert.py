@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
+import os
 import sys
 import time
 from collections import Counter
@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from formats import FormatError, SourceError
 from formats.convert import PLAIN, QUANTS, Summary, check_outputs, convert_several, several_paths
@@ -28,6 +29,9 @@ from runtime.options import defaults_of_file
 from runtime.progress import Bar
 from runtime.sizes import kv_bytes_per_token
 from runtime.tokenizer import make_tokenizer
+
+if TYPE_CHECKING:
+    from runtime.calibration.state import StateFolder
 
 from .arguments import positive
 from .perplexity import read_text
@@ -94,26 +98,28 @@ def _main(argv: list[str]) -> int:
         parser.error(f"--quant {MIXED} goes with --bpw, and nothing else does")
     if args.calibrate and (len(args.quant) > 1 or args.quant[0] not in CALIBRATED):
         parser.error(f"--calibrate goes with one codec of {', '.join(CALIBRATED)}")
-    if args.report is not None and not Path(args.report).absolute().parent.is_dir():
-        raise UserError(f"{args.report}: no such folder for the report")
+    if not args.calibrate and (args.state or args.calibrate_tokens != TOKENS):
+        parser.error("--state and --calibrate-tokens go with --calibrate")
     started = time.perf_counter()
     source = open_source(args.source, args.kv_map)
     check_runs(source)
     out, several = Path("OUT.trit" if args.out is None else args.out), len(args.quant) > 1
     paths = several_paths(source, out, args.quant) if several else {args.quant[0]: out}
+    if args.report is not None:
+        check_report(Path(args.report), [*paths.values(), *source.files], args.overwrite)
     encoder, codecs = fast_encoder(name=args.encoder), None
     record = "" if args.encoder == "v2" else f"--encoder {args.encoder}"
-    state = Path(args.state or f"{out}.state")
+    state: StateFolder | None = None
     with encoder as encode, _folder(out, several and not args.dry_run):
         if args.calibrate and not args.dry_run:
-            source, codecs, record = calibrated(source, out, args, encode, state)
+            source, codecs, record, state = calibrated(source, out, args, encode)
         with Bar("convert") as bar:
             summaries = convert_several(
                 source, paths, args.embed, args.overwrite, args.dry_run, bar, encode, args.bpw,
                 args.report is not None, codecs, record,
             )  # fmt: skip
-    if codecs:
-        shutil.rmtree(state)
+    if state:
+        state.clear()
     for note in dict.fromkeys(note for summary in summaries for note in summary.notes):
         print(f"note: {note}", file=sys.stderr)
     for summary in summaries:
@@ -124,16 +130,17 @@ def _main(argv: list[str]) -> int:
             print_summary(summary, time.perf_counter() - started)
     if args.report is not None:
         reports = [report_of(summary) for summary in summaries]
-        Path(args.report).write_text(json.dumps(reports if several else reports[0], indent=1) + "\n", encoding="utf-8")
+        write_report(Path(args.report), reports if several else reports[0])
     return 0
 
 
 def calibrated(
-    source: Source, out: Path, args: argparse.Namespace, encode: Encode, state: Path
-) -> tuple[Source, dict[str, str], str]:
+    source: Source, out: Path, args: argparse.Namespace, encode: Encode
+) -> tuple[Source, dict[str, str], str, StateFolder]:
     """Quantise the layers with the texts of --calibrate.
 
-    returns: the source with its matrices quantised, their codecs, and what the header should say about it
+    returns: the source with its matrices quantised, their codecs, what the header should say about it, and the folder
+    that the matrices are in
     """
     from runtime.calibration.effects import choose_depths
     from runtime.calibration.run import Calibration
@@ -155,9 +162,31 @@ def calibrated(
         codecs = {item.name: item.codec for item in summary.plan if item.is_matrix}
         print_codecs(codecs, summary.matrix_bpw)
         with Bar("calibrate", unit="step") as bar:
-            found = Calibration(source, windows, codecs, state, kernels, pool, bar).run()
+            work = Calibration(source, windows, codecs, Path(args.state or f"{out}.state"), kernels, pool, bar)
+            found = work.run()
     texts = " ".join(f"--calibrate {Path(path).name}" for path in args.calibrate)
-    return found, codecs, f"{texts} --calibrate-tokens {windows.size}"
+    return found, codecs, f"{texts} --calibrate-tokens {windows.size}", work.state
+
+
+def check_report(path: Path, others: Sequence[Path], overwrite: bool) -> None:
+    """Refuse a place where the report cannot go, before any work. Raises UserError."""
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"{path}: no such folder for the report")
+    if any(path.resolve() == other.resolve() for other in others):
+        raise UserError(f"{path}: is a file of the conversion itself; name another one for the report")
+    if path.exists() and not (path.is_file() and overwrite):
+        raise UserError(f"{path}: exists already" + (" (--overwrite replaces it)" if path.is_file() else ""))
+
+
+def write_report(path: Path, report: object) -> None:
+    """Write JSON that appears whole or not at all. Raises OSError that names the file."""
+    partial = path.with_name(f".{path.name}.tmp")
+    try:
+        partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as exc:
+        partial.unlink(missing_ok=True)
+        raise OSError(exc.errno, exc.strerror, str(path)) from exc
 
 
 def check_runs(source: Source) -> None:

@@ -7,12 +7,12 @@ after the last of them. A layer is finished when its file appears under its name
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -30,8 +30,8 @@ from .effects import embedded
 from .feedback import Factors, quantize
 from .layer import PASSES, LayerRun, Streams
 from .nf4 import quantize_nf4
+from .state import StateFolder
 from .streams import Forward, Stream
-from .windows import CalibrationError
 
 Progress = Callable[[int, int, str], None]
 
@@ -42,7 +42,7 @@ class Calibration:
     windows: (windows, ctx) integer, the text; codecs: of each matrix by name, trit1 to trit4 or nf4
     folder: of what is needed to go on, made if it is not there; the result reads from it
     kernels: exact ones; progress: called with (done, total, what)
-    Raises CalibrationError if the folder belongs to another conversion.
+    Raises CalibrationError as StateFolder does.
     """
 
     def __init__(
@@ -62,20 +62,24 @@ class Calibration:
         self._progress = progress
         batches = sum(1 for _ in self._forward.batches(windows.size))
         self._done, self._steps = 0, PASSES * batches
-        self._claim()
+        self.state = StateFolder(folder, self._about())
 
     def run(self) -> Source:
         """Quantise every layer that is not finished.
 
         returns: the source with its matrices carried in their codecs
         """
-        streams = None
-        for i in range(self._config.n_layers):
-            if self._layer_file(i).exists():
-                self._done += self._steps
-                continue
-            streams = streams or (self._streams(i) if i else self._embed())
-            streams = self._layer(i, streams)
+        try:
+            streams = None
+            for i in range(self._config.n_layers):
+                if self.state.layer(i).exists():
+                    self._done += self._steps
+                    continue
+                streams = streams or (self._streams(i) if i else self._embed())
+                streams = self._layer(i, streams)
+        except BaseException:
+            self.state.release()
+            raise
         return self._carrying()
 
     # ---- layers
@@ -117,48 +121,33 @@ class Calibration:
         values = {f"{name}.{part}": array for name, parts in run.found.items() for part, array in parts.items()}
         partial = self._folder / "work-layer.npz"
         np.savez(partial, **values)  # type: ignore[arg-type]
-        os.replace(partial, self._layer_file(i))
+        os.replace(partial, self.state.layer(i))
         for stream in before:
             stream.path.unlink(missing_ok=True)
         return after
 
     # ---- what is kept
 
-    def _layer_file(self, i: int) -> Path:
-        return self._folder / f"layer-{i:04}.npz"
-
     def _streams(self, i: int) -> Streams:
         """The residual streams before layer i, the source's and the quantised model's."""
         dim = self._config.dim
         return Stream(self._folder / f"source-{i:04}", dim), Stream(self._folder / f"quantized-{i:04}", dim)
 
-    def _claim(self) -> None:
-        """Write down what the folder is for, or compare."""
-        files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in self._source.files]
-        about = {
-            "source": [list(file) for file in files],
+    def _about(self) -> dict[str, Any]:
+        files = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in self._source.files]
+        return {
+            "source": files,
             "text": hashlib.sha256(np.ascontiguousarray(self._windows, np.int64).tobytes()).hexdigest(),
             "windows": list(self._windows.shape),
             "codecs": dict(self._codecs),
             "version": __version__,
         }
-        self._folder.mkdir(exist_ok=True)
-        job = self._folder / "job.json"
-        if not job.exists():
-            partial = self._folder / "work-job.json"
-            partial.write_text(json.dumps(about), encoding="utf-8")
-            os.replace(partial, job)
-        elif json.loads(job.read_text(encoding="utf-8")) != about:
-            raise CalibrationError(
-                f"{self._folder}: holds the beginning of another conversion (other source, text or options); "
-                "remove it, or repeat that one"
-            )
 
     def _carrying(self) -> Source:
         tensors = dict(self._source.tensors)
         for name, codec in self._codecs.items():
             layer, matrix = name.removeprefix("layers.").split(".")
-            carried = Carried(codec, OPTIONS[codec], _parts_reader(self._layer_file(int(layer)), matrix))
+            carried = Carried(codec, OPTIONS[codec], _parts_reader(self.state.layer(int(layer)), matrix))
             tensors[name] = replace(tensors[name], carried=carried)
         return replace(self._source, tensors=tensors)
 
