@@ -301,7 +301,8 @@ def test_the_report_tells_every_tensor(folder: Path, capsys: pytest.CaptureFixtu
             assert line["cosine"] == pytest.approx(cosine, rel=1e-9)
             limit = 0.2 if tensor.codec == "trit2" else 0.01 if tensor.codec == "q8" else 0
             assert line["rel_rmse"] <= limit
-    code, _, _ = command(capsys, folder, "-o", folder.parent / "out", "--quant", "trit1,bf16", "--report", report, "--overwrite")
+    again = ("--quant", "trit1,bf16", "--report", report, "--overwrite")
+    code, _, _ = command(capsys, folder, "-o", folder.parent / "out", *again)
     one, other = json.loads(report.read_text())
     assert code == 0 and one["matrix_bpw"] < other["matrix_bpw"] == 16
     assert all(0 < t["rel_rmse"] < 0.005 for t in other["tensors"] if t["codec"] == "bf16")
