@@ -39,7 +39,7 @@ from tools import convert as convert_tool
 from tools import inspect as inspect_tool
 
 FEW = {"trit": 150, "folder": 80, "gguf": 80, "state": 200}
-MANY = {"trit": 12_000, "folder": 6_000, "gguf": 6_000, "state": 20_000}
+MANY = {"trit": 3_500, "folder": 1_200, "gguf": 1_200, "state": 3_500}
 FIRST = int(os.environ.get("TRITLLAMA_FUZZ_SEED", "1000000"))
 MOST_MEMORY = 64 << 20
 HANG = 60  # seconds of CPU time, after which a case counts as one that never ends
