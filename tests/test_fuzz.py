@@ -166,8 +166,10 @@ def model_outcome(path: Path, activations: str) -> str:
         if isinstance(expected, str) or isinstance(other, str):
             assert str(expected) == str(other), f"{backend}: {other!s:.200}; numpy: {expected!s:.200}"
             continue
-        finite = np.isfinite(expected)
-        assert np.array_equal(finite, np.isfinite(other)), f"{backend} is not finite elsewhere"
+        finite = np.isfinite(expected) & np.isfinite(other)
+        # Sums in another order may pass float32's largest number in one place and not in the other
+        apart = np.where(np.isfinite(expected), expected, other)[np.isfinite(expected) != np.isfinite(other)]
+        assert (np.abs(apart) > 1e37).all(), f"{backend} is not finite elsewhere"
         size = np.abs(expected[finite]).max(initial=1e-6)
         off = np.abs(expected[finite] - other[finite]).max(initial=0) / size
         assert off <= BOUNDS[activations], f"{backend} is {off:.2g} away, {activations}"
