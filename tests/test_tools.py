@@ -97,6 +97,19 @@ def test_inspect_table(folder: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert code == 0 and "layers.0.wq" in out
 
 
+def test_inspect_plot(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    made, report, picture = tmp_path / "m.trit", tmp_path / "m.json", tmp_path / "m.png"
+    args = ("--quant", "trit2", "--report", report)
+    assert in_process(capsys, "convert", folder / "source", "-o", made, *args)[0] == 0
+    assert in_process(capsys, "inspect", made, "--plot", picture, "--report", report)[0] == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    code, _, err = in_process(capsys, "inspect", folder / "f16.trit", "--plot", picture, "--report", report)
+    assert code == 2 and one_line(err) and "another conversion" in err
+    code, _, err = in_process(capsys, "inspect", made, "--plot", picture, "--report", folder / "source" / "config.json")
+    assert code == 2 and one_line(err) and "not the report" in err
+
+
 def test_inspect_verify(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert in_process(capsys, "inspect", "--verify", folder / "f16.trit")[0] == 0
     code, out, _ = in_process(capsys, "inspect", "--verify", folder / "f16.trit", "--json")
@@ -265,6 +278,7 @@ BAD: dict[str, tuple[str, ...]] = {
     "inspect a folder": ("inspect", "DIR"),
     "inspect a text": ("inspect", "DIR/text.txt"),
     "inspect a short file": ("inspect", "DIR/short.trit"),
+    "inspect report alone": ("inspect", "DIR/f16.trit", "--report", "DIR/x.json"),
     "inspect unknown option": ("inspect", "DIR/f16.trit", "--nonsense"),
     "perplexity no text": ("perplexity", "DIR/f16.trit"),
     "perplexity missing text": ("perplexity", "DIR/f16.trit", "-f", "DIR/none.txt"),

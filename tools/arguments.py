@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from importlib.util import find_spec
 
+from runtime.cli import UserError
 from runtime.options import ring_codec
 from runtime.sampler import OptionError
 
@@ -47,6 +49,12 @@ def add_run_arguments(parser: argparse.ArgumentParser, threads: bool = True) -> 
         "--kv", type=_ring_codec, default="auto", metavar="CODEC",
         help="codec of keys and values: auto, f32, f16, q8, q4, or k=CODEC,v=CODEC",
     )  # fmt: skip
+
+
+def require_matplotlib() -> None:
+    """Raises UserError, before any work, if --plot cannot be honoured."""
+    if find_spec("matplotlib") is None:
+        raise UserError("--plot needs matplotlib: pip install 'tritllama[plot]'")
 
 
 def _ring_codec(text: str) -> str:

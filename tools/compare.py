@@ -14,7 +14,6 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from runtime.cli import ArgumentParser, UserError, run
 from runtime.model import Model
 from runtime.progress import Bar
 
-from .arguments import add_run_arguments, positive
+from .arguments import add_run_arguments, positive, require_matplotlib
 from .peers import LlamaCppModel, gguf_bits, k_quant
 from .perplexity import encode, read_text
 
@@ -157,8 +156,8 @@ def command(argv: Sequence[str]) -> int:
     parser = ArgumentParser(prog="python -m tools.compare", description=description)
     add_arguments(parser)
     args = parser.parse_args(argv)
-    if args.plot and find_spec("matplotlib") is None:
-        raise UserError("--plot needs matplotlib: pip install tritllama[plot]")
+    if args.plot:
+        require_matplotlib()
     with with_k_quants(args) as files:
         points = measure(args, files)
     if args.json:

@@ -22,6 +22,10 @@ from runtime.options import DEFAULT_N_BATCH
 from runtime.progress import Bar
 from runtime.sizes import kv_bytes_per_token, weight_bytes
 
+from .arguments import require_matplotlib
+from .layers_plot import draw_layers, read_errors
+
+CONTEXTS = (8192, 32768, 131072)
 LAYER = re.compile(r"^layers\.\d+\.")
 SHORT_TEXT = 200
 
@@ -31,6 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="FILE.trit", help="the file")
     parser.add_argument("--tensors", action="store_true", help="list every tensor, not one line per kind")
     parser.add_argument("--verify", action="store_true", help="read and check everything; exit code 2 on damage")
+    parser.add_argument("--plot", metavar="OUT.png", help="draw bits per weight by layer, and errors with --report")
+    parser.add_argument("--report", metavar="FILE.json", help="what tools.convert --report wrote of this file, to draw")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print one JSON object")
     form.add_argument("--template", action="store_true", help="print the chat template and nothing else")
@@ -54,11 +60,17 @@ def memory(file: TritFile) -> dict[str, Any]:
     config = ModelConfig.from_dict(file.config, file.path)
     modules, length = read_kv_modules(file), config.max_seq_len
     plans = plan_memory(file, config, length, DEFAULT_N_BATCH, BY_QUALITY, modules)
+    contexts = sorted({min(n, length) for n in CONTEXTS})
+    by_context = {n: plan_memory(file, config, n, DEFAULT_N_BATCH, BY_QUALITY, modules) for n in contexts}
     kv = {
-        codec: {"bytes_per_token": kv_bytes_per_token(config, codec, modules), "total_full_context": memory.total}
+        codec: {
+            "bytes_per_token": kv_bytes_per_token(config, codec, modules),
+            "total_full_context": memory.total,
+            "totals": {str(n): found[codec].total for n, found in by_context.items()},
+        }
         for codec, memory in plans.items()
     }
-    weights, per_token = weight_bytes(file), kv["f16"]["bytes_per_token"]
+    weights, per_token = weight_bytes(file), kv_bytes_per_token(config, modules=modules)
     return {
         "weights": weights, "scratch": plans["f16"].scratch, "kv_bytes_per_token": per_token,
         "kv_full_context": per_token * length, "total_full_context": weights + per_token * length, "kv": kv,
@@ -177,16 +189,19 @@ def show(found: dict[str, Any], rows: Sequence[tuple[str, int, str, str, int]]) 
         bpw = "-" if entry["bpw"] is None else f"{entry['bpw']:.2f}"
         heads.append((name, entry["tensors"], entry["weights"], size(entry["bytes"]), bpw))
     print("\n".join(table(heads, (1, 2, 3, 4))), end="\n\n")
-    lines: list[Sequence[object]] = [("tensor", "count", "codec", "shape", "bytes")]
-    lines += [(name, count, codec, shape, size(n)) for name, count, codec, shape, n in rows]
-    print("\n".join(table(lines, (1, 4))), end="\n\n")
-    memory, length = found["memory"], found["config"]["max_seq_len"]
+    lines: list[Sequence[object]] = [("tensor", "count", "codec", "shape", "bytes", "bits/weight")]
+    for name, count, codec, shape, n in rows:
+        weights = count * math.prod(map(int, shape.split(" x ")))
+        lines.append((name, count, codec, shape, size(n), "-" if codec == "u8" else f"{8 * n / weights:.2f}"))
+    print("\n".join(table(lines, (1, 4, 5))), end="\n\n")
+    memory = found["memory"]
     print(fact("memory", f"weights {size(memory['weights'])}, scratch {size(memory['scratch'])}; with a cache:"))
-    caches: list[Sequence[object]] = [("codec", "a token", f"{length} tokens", "all together")]
-    for codec, m in memory["kv"].items():
-        each, whole = m["bytes_per_token"], m["total_full_context"]
-        caches.append((codec, f"{each} B", size(each * length), size(whole)))
-    print("\n".join(table(caches, (1, 2, 3))))
+    contexts = next(iter(memory["kv"].values()))["totals"]
+    caches: list[Sequence[object]] = [("codec", "a token", *(f"all with {n} tokens" for n in contexts))]
+    caches += [
+        (codec, f"{m['bytes_per_token']} B", *map(size, m["totals"].values())) for codec, m in memory["kv"].items()
+    ]
+    print("\n".join(table(caches, range(1, 2 + len(contexts)))))
 
 
 def verify(file: TritFile) -> None:
@@ -203,6 +218,10 @@ def command(argv: Sequence[str]) -> int:
     parser = ArgumentParser(prog="python -m tools.inspect", description="Show or verify what is in a .trit file.")
     add_arguments(parser)
     args = parser.parse_args(argv)
+    if args.report is not None and not args.plot:
+        parser.error("--report goes with --plot")
+    if args.plot:
+        require_matplotlib()
     with open_trit(args.model) as file:
         if args.template:
             template = template_of(file)
@@ -210,6 +229,8 @@ def command(argv: Sequence[str]) -> int:
                 raise UserError(f"{args.model}: the file has no chat template")
             print("\n".join(one_line_keeping_spaces(line) for line in template.split("\n")))
             return 0
+        if args.plot:
+            draw_layers(file, args.plot, None if args.report is None else read_errors(args.report, file))
         if args.verify:
             verify(file)
         found = describe(file)
