@@ -233,7 +233,7 @@ class Llama(Engine):
         with self._exclusive():
             write_private(path, session_parts(self._session, self.fingerprint, conversation))
 
-    def load_session(self, path: str | os.PathLike[str], read: Callable[[Any], T]) -> T:
+    def load_session(self, path: str | os.PathLike[str], read: Callable[[Any], Any] = lambda found: found) -> Any:
         """Put back a context that save_session wrote, and return what `read` makes of the JSON value beside it.
 
         Raises what load_state and `read` raise, naming the file, and OSError; the context is as it was then.

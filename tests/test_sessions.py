@@ -135,6 +135,7 @@ def test_a_session_file_carries_a_conversation(open_llama: Any, tmp_path: Path) 
     llm.save_session(path, told.to_json())
     other = open_llama()
     assert other.load_session(path, lambda found: Conversation.from_json(found, 265)) == whole
+    assert open_llama().load_session(path) == told.to_json()
     assert other.save_state() == llm.save_state()
 
 

@@ -18,6 +18,8 @@ COMMANDS = {
     "perplexity": ("tools.perplexity", "measure how well a model predicts a text"),
     "compare": ("tools.compare", "compare files of one model, in a table and a picture"),
     "learn_kv": ("tools.learn_kv", "learn a compression of the KV cache"),
+    "make_checkpoint": ("tools.make_checkpoint", "write a checkpoint of true size with random weights"),
+    "warmup": ("runtime.warmup", "compile and test the kernels now"),
     "bench": ("tools.bench", "measure the speed of a model"),
 }
 HELP = frozenset({"-h", "--help", "help"})
@@ -25,7 +27,7 @@ HELP = frozenset({"-h", "--help", "help"})
 
 def usage() -> str:
     """Return the text of `trit --help`."""
-    lines = [f"  {name:<12} {what}" for name, (_, what) in COMMANDS.items()]
+    lines = [f"  {name:<16} {what}" for name, (_, what) in COMMANDS.items()]
     return "\n".join(
         ["usage: trit COMMAND [ARGUMENTS]", "", *lines, "", "trit COMMAND --help tells the arguments of one."]
     )
