@@ -60,9 +60,9 @@ def test_what_is_missing_is_said_before_anything_is_measured(
         raise AssertionError("it measured")
 
     monkeypatch.setattr(compare.evaluate, "perplexity", never)
-    monkeypatch.setattr(compare, "find_spec", lambda name: None)
+    monkeypatch.setattr("tools.arguments.find_spec", lambda name: None)
     assert main(arguments(folder, "--plot", str(tmp_path / "out.png"))) == 2
-    assert "pip install tritllama[plot]" in capsys.readouterr().err
+    assert "pip install 'tritllama[plot]'" in capsys.readouterr().err
     assert main(arguments(folder, "--k-quants", "Q4_K_M")) == 2
     assert "needs a .gguf file" in capsys.readouterr().err
     assert main(["no.gguf", "-f", str(folder / "text.txt")]) == 2
