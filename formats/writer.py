@@ -14,8 +14,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from .codec_base import Streamed
 from .codecs import CODECS, align, part_spans
+from .codecs.base import Streamed
 from .errors import HeaderError, TensorError
 from .header import MAGIC, MAX_HEADER, PREFIX, VERSION, check_layout, check_name, check_sections
 from .strict_json import parse_json

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from formats.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from .chat_pieces import ChatFormatError as ChatFormatError
     from .errors import CacheError as CacheError
     from .errors import LogitsError as LogitsError
     from .llama import Llama as Llama
+    from .messages.chat_pieces import ChatFormatError as ChatFormatError
     from .model import Cancelled as Cancelled
     from .sampler import OptionError as OptionError
     from .sharing import BusyError as BusyError

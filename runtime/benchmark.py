@@ -15,8 +15,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from runtime.cache import KVRing
 from runtime.model import Model
+from runtime.ring.cache import KVRing
 from runtime.rope import angles, frequencies
 
 READ_BYTES = 1 << 29  # for each thread, up to four: far more than caches hold

@@ -14,10 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from formats.container import open_trit
-from formats.convert import convert
+from formats.conversion.convert import convert
 from formats.errors import FormatError
 from formats.header import VERSION
-from formats.source import open_source
+from formats.sources.source import open_source
 from formats.version import __version__
 
 from .encoder import fast_encoder

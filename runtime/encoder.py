@@ -8,9 +8,9 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from formats.best_units import encode_best_reference
-from formats.codec_base import Rows
-from formats.trit_codec import Encode, Encoded, encode_reference
+from formats.codecs.base import Rows
+from formats.codecs.best_units import encode_best_reference
+from formats.codecs.trit_codec import Encode, Encoded, encode_reference
 
 ENCODERS: dict[str, Encode] = {"v2": encode_reference, "best": encode_best_reference}
 

@@ -12,10 +12,10 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from . import budget
-from .chat_format import ChatFormat, ChatFormatError, select_format
-from .chat_pieces import Message
 from .constraint import vocabulary
 from .generate import DEFAULT_SINKS, Criterion, Run, Session, Stats, TextPiece, common_length, generate_text
+from .messages.chat_format import ChatFormat, ChatFormatError, select_format
+from .messages.chat_pieces import Message
 from .model import Model, Signal
 from .options import (
     DEFAULT_N_BATCH,

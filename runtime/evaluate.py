@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 if TYPE_CHECKING:
-    from .cache import KVRing
     from .model import Model
+    from .ring.cache import KVRing
 
 Floats = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.int64]

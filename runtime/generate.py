@@ -21,8 +21,8 @@ from .sampler import Processor, Sampler, process
 from .tokenizer import StreamDecoder
 
 if TYPE_CHECKING:
-    from .cache import KVRing
     from .model import Model
+    from .ring.cache import KVRing
     from .tokenizer import Tokenizer
 
 Floats = npt.NDArray[np.float32]

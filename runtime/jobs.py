@@ -7,15 +7,15 @@ from dataclasses import dataclass, fields
 from numbers import Integral
 from typing import Any
 
-from .chat_pieces import Message
 from .constraint import Constraint, json_grammar, schema_of
 from .engine import Engine
 from .generate import Run
+from .messages.chat_pieces import Message
+from .messages.tool_calls import read_tools
 from .openai_shapes import ChatShape, CompletionShape, LogProbs, Shape
 from .options import log_probs
 from .sampler import OptionError, SamplingOptions
 from .stream import Stream
-from .tool_calls import read_tools
 from .window import check_length
 
 SAMPLING = ("seed", *(field.name for field in fields(SamplingOptions)))

@@ -11,14 +11,14 @@ import numpy as np
 
 from formats import Tensor, TensorError, TritFile, dequantize, dequantize_rows, open_trit
 from formats.kv_modules import KVModule, read_kv_modules
-from formats.source import expected_tensors, shorten
+from formats.sources.source import expected_tensors, shorten
 
-from .cache import KVRing
 from .config import ModelConfig
 from .errors import CacheError
 from .fair_lock import FairLock
 from .kernels import Kernels, check_threads, get_kernels
-from .projections import Projections
+from .ring.cache import KVRing
+from .ring.projections import Projections
 from .rope import angles, frequencies
 
 Logits = Literal["last", "all", "states"] | None

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from .generate import Run, TextPiece
+from .messages.tool_calls import read_calls
 from .sampler import Floats, log_probabilities
-from .tool_calls import read_calls
 
 if TYPE_CHECKING:
     from .tokenizer import Tokenizer

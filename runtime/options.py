@@ -12,7 +12,7 @@ from formats.errors import HeaderError
 
 from .errors import CacheError
 from .openai_shapes import LogProbs
-from .ring_codecs import CODECS, side_codecs
+from .ring.codecs import CODECS, side_codecs
 from .sampler import OptionError, SamplingOptions, check_seed
 from .window import overflow_error
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from formats.container import TritFile
 from formats.kv_modules import KVModule
 
-from .cache import KVRing
 from .config import ModelConfig
+from .ring.cache import KVRing
 
 
 def weight_bytes(file: TritFile) -> int:

@@ -22,7 +22,7 @@ import numpy as np
 
 from .errors import CacheError
 from .generate import Session
-from .ring_state import SavedRing, read_ring, ring_parts
+from .ring.state import SavedRing, read_ring, ring_parts
 
 MAGIC = b"TRITSESS"
 VERSION = 2

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from gguf.constants import GGMLQuantizationType
 
-from formats.codec_base import from_bf16, to_bf16
+from formats.codecs.base import from_bf16, to_bf16
 from formats.errors import SourceError
-from formats.gguf_source import GGUF_NAMES
-from formats.hf_config import config_from_hf
-from formats.hf_names import HF_NAMES
-from formats.source import Source, expected_tensors, open_source
+from formats.sources.gguf_source import GGUF_NAMES
+from formats.sources.hf_config import config_from_hf
+from formats.sources.hf_names import HF_NAMES
+from formats.sources.source import Source, expected_tensors, open_source
 from tests import tiny
 
 # Rows of 64 and 96 are whole blocks of GGUF's simple types

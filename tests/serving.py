@@ -16,8 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from formats.convert import convert
-from formats.source import open_source
+from formats.conversion.convert import convert
+from formats.sources.source import open_source
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from formats.kv_modules import KVModule
-from runtime.cache import KVRing
 from runtime.config import ModelConfig
 from runtime.kernels import Kernels, get_kernels
-from runtime.projections import Decoder
-from runtime.ring_codecs import CODECS
+from runtime.ring.cache import KVRing
+from runtime.ring.codecs import CODECS
+from runtime.ring.projections import Decoder
 from runtime.rope import angles, frequencies
 from tests.native_library import ensure_native_library
 

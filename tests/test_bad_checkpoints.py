@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from formats.safetensors_writer import Piece
+from formats.conversion.safetensors_writer import Piece
 from tests.test_bnb import BAD, STATE, WQ, Pieces, pieces_of, retype, set_state, state_with, write
 from tools import convert
 

@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from formats.bnb import bnb_pieces, split_packed
 from formats.codecs import CODECS
 from formats.container import dequantize, open_trit
-from formats.convert import Summary, convert
+from formats.conversion.convert import Summary, convert
+from formats.conversion.safetensors_writer import Piece, write_folder, write_safetensors
 from formats.errors import FormatError, SourceError, UnsupportedError
-from formats.hf_names import HF_NAMES
-from formats.safetensors_reader import open_folder, read_file
-from formats.safetensors_writer import Piece, write_folder, write_safetensors
-from formats.source import open_source
+from formats.sources.bnb import bnb_pieces, split_packed
+from formats.sources.hf_names import HF_NAMES
+from formats.sources.safetensors_reader import open_folder, read_file
+from formats.sources.source import open_source
 from tests import tiny
 from tests.checkpoints import HF_CONFIG, edit_json, weights_for, write_hf
 

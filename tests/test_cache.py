@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 from formats.kv_modules import KVModule
 from runtime import benchmark
-from runtime.cache import KVRing
 from runtime.config import ModelConfig
 from runtime.errors import CacheError
 from runtime.kernels.numpy_backend import NumpyKernels
-from runtime.ring_codecs import CODECS, Plane, hadamard
-from runtime.ring_state import MAGIC
+from runtime.ring.cache import KVRing
+from runtime.ring.codecs import CODECS, Plane, hadamard
+from runtime.ring.state import MAGIC
 from runtime.rope import angles, frequencies
 
 CONFIG = ModelConfig(

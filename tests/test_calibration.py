@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from tiny import MATRICES, folder_with_tokenizer
 
+from formats.codecs.nf4 import NF4Codec
+from formats.codecs.trit import GROUP, quantize_levels
+from formats.codecs.trit_codec import encode_reference
 from formats.container import open_trit
-from formats.convert import convert
-from formats.mixed import Measured, allocate, base_depth
-from formats.nf4 import NF4Codec
-from formats.source import Source, expected_tensors, open_source
-from formats.trit import GROUP, quantize_levels
-from formats.trit_codec import encode_reference
+from formats.conversion.convert import convert
+from formats.conversion.mixed import Measured, allocate, base_depth
+from formats.sources.source import Source, expected_tensors, open_source
 from runtime.calibration.effects import ROLES, measure_effects
 from runtime.calibration.feedback import (
     DAMPING,

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 
 from formats.container import open_trit
-from formats.convert import convert
-from formats.source import open_source
+from formats.conversion.convert import convert
+from formats.sources.source import open_source
 from formats.writer import TritWriter
 from runtime import Llama
-from runtime.chat import main
+from runtime.chat.__main__ import main
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from runtime.chat_format import recognise, select_format
-from runtime.chat_pieces import ChatFormatError, Message
+from runtime.messages.chat_format import recognise, select_format
+from runtime.messages.chat_pieces import ChatFormatError, Message
 from tests.byte_tokenizer import CONTROLS, ByteTokenizer
 
 TEMPLATES = Path(__file__).parent / "data" / "templates"
@@ -257,6 +257,6 @@ def test_without_jinja2_the_error_says_what_to_install(monkeypatch: pytest.Monke
 
 
 def test_jinja2_is_not_imported_unless_asked_for() -> None:
-    code = "import sys, runtime.chat_format; sys.exit('jinja2' in sys.modules)"
+    code = "import sys, runtime.messages.chat_format; sys.exit('jinja2' in sys.modules)"
     root = Path(__file__).parent.parent
     assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0

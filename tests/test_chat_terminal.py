@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from formats.convert import convert
-from formats.source import open_source
+from formats.conversion.convert import convert
+from formats.sources.source import open_source
 from tests import tiny
 
 pty = pytest.importorskip("pty")

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from formats import CODECS, nf4, trit
-from formats.codec_base import from_bf16, round_to, to_bf16
-from formats.codecs import part_spans, payload_nbytes
+from formats import CODECS
+from formats.codecs import nf4, part_spans, payload_nbytes, trit
+from formats.codecs.base import from_bf16, round_to, to_bf16
 
 DEPTHS = (1, 2, 3, 4)
 SHAPES = ((1, 1), (3, 5), (17, 83), (16, 80), (33, 161))
@@ -138,8 +138,8 @@ def test_chunks_change_nothing(monkeypatch):
             yield CODECS[name].dequantize(parts, w.shape, params)
 
     whole = list(everything())
-    monkeypatch.setattr("formats.codec_base.CHUNK", 4096)
-    monkeypatch.setattr("formats.nf4.CHUNK", 4096)
+    monkeypatch.setattr("formats.codecs.base.CHUNK", 4096)
+    monkeypatch.setattr("formats.codecs.nf4.CHUNK", 4096)
     assert all(same_bits(a, b) for a, b in zip(whole, everything(), strict=True))
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from formats.convert import convert
-from formats.source import open_source
+from formats.conversion.convert import convert
+from formats.sources.source import open_source
 from tests import tiny
 from tools import compare, peers
 from tools.compare import main

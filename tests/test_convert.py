@@ -19,10 +19,10 @@ import pytest
 
 from formats.codecs import CODECS
 from formats.container import dequantize, open_trit
-from formats.convert import Summary, convert
+from formats.conversion.convert import Summary, convert
 from formats.errors import SourceError, UnsupportedError
-from formats.hf_names import HF_NAMES
-from formats.source import expected_tensors, open_source
+from formats.sources.hf_names import HF_NAMES
+from formats.sources.source import expected_tensors, open_source
 from tests import tiny
 from tests.checkpoints import (
     HF_CONFIG,
@@ -121,7 +121,7 @@ def test_a_matrix_in_row_blocks_equals_the_matrix_at_once(
 ) -> None:
     for quant in ("q8", "f16", "bf16", "f32"):
         to_trit(folder, quant, name=f"{quant}-whole.trit", embed=quant)
-    monkeypatch.setattr("formats.convert.BLOCK_ELEMENTS", 200)
+    monkeypatch.setattr("formats.conversion.convert.BLOCK_ELEMENTS", 200)
     for quant in ("q8", "f16", "bf16", "f32"):
         to_trit(folder, quant, name=f"{quant}-rows.trit", embed=quant)
         whole, rows = (folder.parent / f"{quant}-{how}.trit" for how in ("whole", "rows"))

@@ -27,7 +27,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-import runtime.chat
+import runtime.chat.__main__
 import tools.convert
 import tools.learn_kv
 from tests.checkpoints import write_hf
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals 
 FEW, MANY = 2, 25  # faults of each kind in each command
 NOBODY = 65534
 PATIENCE = 60.0
-COMMANDS = {"convert": tools.convert.main, "learn_kv": tools.learn_kv.main, "chat": runtime.chat.main}
+COMMANDS = {"convert": tools.convert.main, "learn_kv": tools.learn_kv.main, "chat": runtime.chat.__main__.main}
 NAMES = ("convert", "several", "learn_kv", "chat")
 SEVERAL = ("trit2,nf4", "-o", "{}")
 EXACT = ("--backend", "numpy", "-t", "1")

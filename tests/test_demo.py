@@ -90,7 +90,7 @@ def test_a_damaged_file_is_built_again(
 
 def test_q8_holds_the_embeddings_exactly(quick: None, tmp_path: Path) -> None:
     """Q8_0 and q8 agree on block and scale, so nothing is lost."""
-    from formats.source import open_source
+    from formats.sources.source import open_source
 
     source = open_source(tmp_path / "m.gguf")
     with open_trit(demo.demo_model()) as file:

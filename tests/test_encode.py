@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from formats.best_units import encode_best_reference
-from formats.trit_codec import Encode, Encoded, TritCodec, encode_reference
+from formats.codecs.best_units import encode_best_reference
+from formats.codecs.trit_codec import Encode, Encoded, TritCodec, encode_reference
 from runtime.kernels.numba_best import encode_best
 from runtime.kernels.numba_encode import encode
 
@@ -90,7 +90,7 @@ def test_float16_and_read_only_weights(encoder: Encode, reference: Encode) -> No
 @each_encoder
 def test_threads_and_chunks_do_not_matter(encoder: Encode, reference: Encode, monkeypatch: pytest.MonkeyPatch) -> None:
     w = weights((130, 200))
-    monkeypatch.setattr("formats.codec_base.CHUNK", 5000)
+    monkeypatch.setattr("formats.codecs.base.CHUNK", 5000)
     monkeypatch.setattr("runtime.kernels.numba_best.CHUNK", 5000)
     with ThreadPoolExecutor(3) as pool:
         encoded = encoder(w, DEPTHS, run=pool.map)  # type: ignore[call-arg]
@@ -102,7 +102,7 @@ def test_threads_and_chunks_do_not_matter(encoder: Encode, reference: Encode, mo
 
 
 def test_units_fitted_to_a_sample_of_the_rows_are_the_references(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("formats.best_units.SAMPLE", 100)
+    monkeypatch.setattr("formats.codecs.best_units.SAMPLE", 100)
     w = weights((60, 150))
     assert_same(encode_best(w, DEPTHS), encode_best_reference(w, DEPTHS))
 
@@ -121,7 +121,7 @@ def test_the_largest_weights_are_never_cut_off(depth: int, sampled: bool, monkey
     w = (np.random.default_rng(4).standard_normal((128, 320)) * 0.02).astype(np.float32)
     w[77, 131] = -8.0
     if sampled:
-        monkeypatch.setattr("formats.best_units.SAMPLE", 200)  # rows without the large weight
+        monkeypatch.setattr("formats.codecs.best_units.SAMPLE", 200)  # rows without the large weight
     params, parts = encode_best(w, [depth])[depth]
     assert TritCodec(depth).dequantize(parts, w.shape, params)[77, 131] == pytest.approx(-8.0, rel=1e-6)
 

@@ -14,12 +14,12 @@ import pytest
 
 from formats.codecs import CODECS
 from formats.container import dequantize, open_trit
-from formats.convert import convert
+from formats.conversion.convert import convert
+from formats.conversion.hf_export import Exported, export_hf
 from formats.errors import HeaderError, TensorError
-from formats.hf_export import Exported, export_hf
-from formats.hf_names import HF_NAMES
-from formats.safetensors_reader import open_folder
-from formats.source import expected_tensors, open_source
+from formats.sources.hf_names import HF_NAMES
+from formats.sources.safetensors_reader import open_folder
+from formats.sources.source import expected_tensors, open_source
 from formats.writer import TritWriter
 from tests import tiny
 from tests.checkpoints import LLAMA3, same, write_gguf, write_hf
@@ -124,7 +124,7 @@ def test_quantised_here(quant: str, folder: Path) -> None:
 
 def test_a_large_tensor_in_blocks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_hf(folder)
-    monkeypatch.setattr("formats.codec_base.CHUNK", 1000)
+    monkeypatch.setattr("formats.codecs.base.CHUNK", 1000)
     round_trip(folder)
     assert_same_bytes(folder, folder.parent / "back")
 
@@ -225,7 +225,7 @@ def test_failures_leave_nothing(model: Any, folder: Path, monkeypatch: pytest.Mo
     def full(*args: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("formats.hf_export.write_folder", full)
+    monkeypatch.setattr("formats.conversion.hf_export.write_folder", full)
     with pytest.raises(OSError, match="nothing was left behind") as caught:
         export_hf(model, target)
     assert caught.value.filename == str(target) and left(folder) == []

@@ -23,12 +23,12 @@ import numpy as np
 import pytest
 
 from formats.codecs import CODECS
-from formats.convert import convert
+from formats.conversion.convert import convert
 from formats.errors import FormatError
-from formats.source import open_source
+from formats.sources.source import open_source
 from runtime import Llama
-from runtime.chat_format import ChatFormatError
 from runtime.errors import CacheError, ConfigError, LogitsError
+from runtime.messages.chat_format import ChatFormatError
 from runtime.tokenizer import TokenizerError
 from tests import tiny
 from tests.checkpoints import LLAMA3, write_gguf, write_hf

@@ -12,9 +12,9 @@ import pytest
 from gguf.constants import GGMLQuantizationType
 
 from formats.errors import UnsupportedError
-from formats.gguf_file import read_gguf
-from formats.gguf_source import llama3_factors, open_gguf, source_rows
-from formats.source import open_source
+from formats.sources.gguf_file import read_gguf
+from formats.sources.gguf_source import llama3_factors, open_gguf, source_rows
+from formats.sources.source import open_source
 from tests import tiny
 from tests.checkpoints import LLAMA3_OURS, config_of, permute, refused, same, write_gguf
 

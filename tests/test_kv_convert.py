@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from formats.bnb import bnb_pieces
-from formats.codec_base import from_bf16, to_bf16
 from formats.codecs import CODECS
+from formats.codecs.base import from_bf16, to_bf16
 from formats.container import dequantize, open_trit
-from formats.hf_names import HF_NAMES
+from formats.conversion.safetensors_writer import Piece, write_folder
 from formats.kv_modules import KVModule, module_tensors
-from formats.safetensors_reader import open_folder, read_file
-from formats.safetensors_writer import Piece, write_folder
-from formats.source import open_source
+from formats.sources.bnb import bnb_pieces
+from formats.sources.hf_names import HF_NAMES
+from formats.sources.safetensors_reader import open_folder, read_file
+from formats.sources.source import open_source
 from runtime.model import Model
 from tests import reference_model, tiny
 from tests.checkpoints import config_of, edit_json, write_gguf, write_hf
@@ -260,7 +260,7 @@ def test_export_of_modules_whose_names_are_not_known(folder: Path, out: Path) ->
     modules, stated = CASES["GELU keys and values, before"]
     weights = write(folder, modules, stated)
     source = open_source(folder)
-    from formats.convert import _metadata
+    from formats.conversion.convert import _metadata
     from formats.writer import TritWriter
 
     metadata = _metadata(source, None)

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from formats import SourceError
-from formats.kv_detect import find_kv_modules
-from formats.kv_map import map_of, read_kv_map
 from formats.kv_modules import KVModule, describe_modules
+from formats.sources.kv_detect import find_kv_modules
+from formats.sources.kv_map import map_of, read_kv_map
 
 MAPS = Path(__file__).parent / "data" / "kv-maps"
 CONFIG = {"n_layers": 8, "n_kv_heads": 4, "head_dim": 16}

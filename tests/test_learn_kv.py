@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from formats.container import open_trit
-from formats.convert import convert
+from formats.conversion.convert import convert
 from formats.kv_modules import read_kv_modules
-from formats.source import open_source
+from formats.sources.source import open_source
 from formats.writer import TritWriter
 from runtime import Llama
 from runtime.model import Model

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from runtime import Llama
-from runtime.chat_format import ChatFormatError
-from runtime.chat_pieces import Message
 from runtime.errors import LogitsError
+from runtime.messages.chat_format import ChatFormatError
+from runtime.messages.chat_pieces import Message
+from runtime.messages.tool_calls import read_calls
 from runtime.sampler import OptionError
-from runtime.tool_calls import read_calls
 from tests.byte_tokenizer import ByteTokenizer
 from tests.test_chat_format import pick
 
@@ -209,8 +209,8 @@ Hi<|eot_id|><|start_header_id|>assistant<|end_header_id|>
 
 def test_functions_are_told_of_as_llama_31_has_it() -> None:
     """The text that the makers' template renders for these messages and tools."""
-    from runtime.chat_format import Llama3Format
-    from runtime.tool_calls import read_tools
+    from runtime.messages.chat_format import Llama3Format
+    from runtime.messages.tool_calls import read_tools
 
     tokenizer: Any = ByteTokenizer("<|begin_of_text|>", ["<|eot_id|>"])
     found = read_tools([STOP], None)

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from runtime import BusyError, Llama
-from runtime.chat_format import ChatFormatError
 from runtime.errors import BackendError, CacheError
+from runtime.messages.chat_format import ChatFormatError
 from runtime.sampler import OptionError
 from tests import tiny
 from tests.byte_tokenizer import ByteTokenizer

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from formats import TensorError, TritWriter, open_trit
-from runtime.cache import KVRing
 from runtime.errors import CacheError
 from runtime.model import Cancelled, Model
+from runtime.ring.cache import KVRing
 from tests import reference_model, tiny
 from tests.native_library import ensure_native_library
 

@@ -10,11 +10,11 @@ import pytest
 
 from formats.codecs import CODECS
 from formats.container import Tensor
-from runtime.cache import KVRing
 from runtime.errors import ConfigError
 from runtime.kernels import Kernels, get_kernels
 from runtime.model import Model
-from runtime.ring_codecs import CODECS as RING_CODECS
+from runtime.ring.cache import KVRing
+from runtime.ring.codecs import CODECS as RING_CODECS
 from tests import tiny
 from tests.native_library import ensure_native_library
 from tests.test_attention import config_of

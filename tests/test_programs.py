@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from formats.kv_modules import KVModule
-from runtime.cache import KVRing
 from runtime.config import ModelConfig
 from runtime.errors import CacheError
 from runtime.kernels import get_kernels
 from runtime.model import Model
+from runtime.ring.cache import KVRing
 from tests import tiny
 from tests.native_library import ensure_native_library
 from tests.test_kv_modules import FORMS, module_weights, modules_of, write

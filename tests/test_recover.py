@@ -7,9 +7,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from formats.codec_base import round_to
-from formats.recover import Recovery, Refusal, recover
-from formats.trit import max_level, quantize_levels
+from formats.codecs.base import round_to
+from formats.codecs.trit import max_level, quantize_levels
+from formats.conversion.recover import Recovery, Refusal, recover
 
 KINDS = ("normal", "heavy tails", "subnormal halves", "far below one half", "sparse and zero groups")
 

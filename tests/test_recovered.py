@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from formats.codec_base import round_to
+from formats.codecs.base import round_to
+from formats.codecs.trit import max_level, quantize_levels
 from formats.container import dequantize, open_trit
-from formats.convert import Summary, convert
-from formats.source import open_source
-from formats.trit import max_level, quantize_levels
+from formats.conversion.convert import Summary, convert
+from formats.sources.source import open_source
 from tests.checkpoints import HF_CONFIG, Weights, weights_for, write_hf
 from tools.convert import main
 
@@ -193,7 +193,7 @@ def test_many_remarks_are_summed_up(folder: Path, monkeypatch: pytest.MonkeyPatc
     for name in [n for n, v in weights.items() if is_layer_matrix(n, v) and not n.endswith("wq")]:
         weights[name] = rng.standard_normal(weights[name].shape).astype(np.float16).astype(np.float32)
     write_hf(folder, SIZES, weights=weights)
-    monkeypatch.setattr("formats.plan.MAX_REMARKS", 3)
+    monkeypatch.setattr("formats.conversion.plan.MAX_REMARKS", 3)
     assert keep(folder).notes[-1] == "and 3 more such matrices"
 
 

@@ -14,8 +14,8 @@ import pytest
 
 from runtime import ContextOverflowError, Llama, budget
 from runtime.budget import BY_QUALITY, Memory
-from runtime.conversation import Conversation
 from runtime.errors import CacheError
+from runtime.messages.conversation import Conversation
 from runtime.sampler import OptionError
 from runtime.state import FIXED, write_private
 from runtime.window import fit

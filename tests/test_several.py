@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from formats import mixed
+from formats.codecs.trit_codec import encode_reference
 from formats.container import dequantize, open_trit
-from formats.convert import convert, convert_several, several_paths
+from formats.conversion import mixed
+from formats.conversion.convert import convert, convert_several, several_paths
+from formats.conversion.mixed import SENSITIVITY, Measured, allocate, measure
+from formats.conversion.plan import rows_of
 from formats.errors import SourceError
-from formats.mixed import SENSITIVITY, Measured, allocate, measure
-from formats.plan import rows_of
-from formats.source import Source, expected_tensors, open_source
-from formats.trit_codec import encode_reference
+from formats.sources.source import Source, expected_tensors, open_source
 from runtime.encoder import fast_encoder
 from tests.checkpoints import HF_CONFIG, weights_for, write_hf
 from tools.convert import main

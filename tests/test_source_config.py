@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from formats.errors import SourceError, UnsupportedError
-from formats.hf_config import config_from_hf
-from formats.licence import front_matter, licence_record
-from formats.source import open_source
+from formats.sources.hf_config import config_from_hf
+from formats.sources.licence import front_matter, licence_record
+from formats.sources.source import open_source
 from tests import tiny
 from tests.checkpoints import LLAMA3, LLAMA3_OURS, config_of, edit_json, refused, write_hf
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from formats.errors import SourceError, UnsupportedError
-from formats.hf_names import HF_NAMES
-from formats.safetensors_reader import read_file
-from formats.source import open_source
+from formats.sources.hf_names import HF_NAMES
+from formats.sources.safetensors_reader import read_file
+from formats.sources.source import open_source
 from tests import tiny
 from tests.checkpoints import HF_CONFIG, edit_json, refused, same, write_hf, write_safetensors, write_shards
 

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from formats.container import dequantize, open_trit
-from formats.convert import convert
-from formats.hf_config import config_from_hf
+from formats.conversion.convert import convert
+from formats.conversion.synthetic import _COMMON, FORMS, KV_FORMS, SHAPES, make_checkpoint, random_rows
 from formats.kv_modules import KVModule, module_tensors
-from formats.safetensors_reader import open_folder
-from formats.source import expected_tensors, open_source
-from formats.synthetic import _COMMON, FORMS, KV_FORMS, SHAPES, make_checkpoint, random_rows
+from formats.sources.hf_config import config_from_hf
+from formats.sources.safetensors_reader import open_folder
+from formats.sources.source import expected_tensors, open_source
 from tests import tiny
 from tools.make_checkpoint import main
 

@@ -12,14 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from formats.byte_level import read_ranks
-from formats.tokenizer_json import PRE_TOKENIZERS
-from formats.tokenizer_settings import Settings
-from formats.tokenizer_source import from_ranks
-from formats.vocab import VOCAB_BLOB, unpack_vocab
-from runtime.bpe import BytePairEncoder
-from runtime.pretokenize import PATTERNS, pre_tokenizer
+from formats.tokenizers.byte_level import read_ranks
+from formats.tokenizers.hf_json import PRE_TOKENIZERS
+from formats.tokenizers.settings import Settings
+from formats.tokenizers.source import from_ranks
+from formats.tokenizers.vocab import VOCAB_BLOB, unpack_vocab
 from runtime.tokenizer import StreamDecoder, Tokenizer
+from runtime.tokenizer.bpe import BytePairEncoder
+from runtime.tokenizer.pretokenize import PATTERNS, pre_tokenizer
 from tests.tokenizer_texts import (
     DATA,
     HARD_TEXTS,
@@ -233,7 +233,7 @@ def test_a_single_long_word_takes_linear_time(text: str) -> None:
 
 
 def test_the_word_cache_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runtime.bpe.CACHED_WORDS", 8)
+    monkeypatch.setattr("runtime.tokenizer.bpe.CACHED_WORDS", 8)
     tokenizer = from_small_ranks()
     first = tokenizer.encode("the end of it")
     tokenizer.encode(" ".join(map(str, range(2000))) + "x" * 1000)

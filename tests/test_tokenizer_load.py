@@ -14,11 +14,11 @@ import pytest
 
 from formats.container import open_trit
 from formats.errors import ChecksumError, FormatError, HeaderError, TensorError, UnsupportedError
-from formats.tokenizer_source import tokenizer_from_hf
-from formats.vocab import VOCAB_BLOB, check_merges, pack_vocab
+from formats.tokenizers.source import tokenizer_from_hf
+from formats.tokenizers.vocab import VOCAB_BLOB, check_merges, pack_vocab
 from formats.writer import TritWriter
-from runtime.control_text import ControlText
 from runtime.tokenizer import TokenizerError, load_tokenizer
+from runtime.tokenizer.control_text import ControlText
 from tests.tokenizer_texts import DATA, HARD_TEXTS, KJV, in_memory, load
 
 

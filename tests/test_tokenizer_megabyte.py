@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from formats.byte_level import read_ranks
-from formats.gguf_file import read_gguf
-from formats.tokenizer_json import LLAMA3_PATTERN
-from formats.tokenizer_source import tokenizer_from_gguf, tokenizer_from_hf
+from formats.sources.gguf_file import read_gguf
+from formats.tokenizers.byte_level import read_ranks
+from formats.tokenizers.hf_json import LLAMA3_PATTERN
+from formats.tokenizers.source import tokenizer_from_gguf, tokenizer_from_hf
 from runtime.tokenizer import Tokenizer
 from tests.tokenizer_texts import every_character, load, megabyte
 

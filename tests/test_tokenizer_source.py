@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from formats.byte_level import read_ranks
 from formats.errors import FormatError, SourceError, UnsupportedError
-from formats.spm_model import BYTE, CONTROL, NORMAL, USER_DEFINED, read_pieces, with_types
-from formats.tokenizer_gguf import PRE_TOKENIZERS as GGUF_NAMES
-from formats.tokenizer_json import PRE_TOKENIZERS
-from formats.tokenizer_settings import Settings
-from formats.tokenizer_source import from_ranks, tokenizer_from_gguf, tokenizer_from_hf
-from runtime.pretokenize import PATTERNS
+from formats.tokenizers.byte_level import read_ranks
+from formats.tokenizers.gguf import PRE_TOKENIZERS as GGUF_NAMES
+from formats.tokenizers.hf_json import PRE_TOKENIZERS
+from formats.tokenizers.settings import Settings
+from formats.tokenizers.source import from_ranks, tokenizer_from_gguf, tokenizer_from_hf
+from formats.tokenizers.spm_model import BYTE, CONTROL, NORMAL, USER_DEFINED, read_pieces, with_types
+from runtime.tokenizer.pretokenize import PATTERNS
 from tests.tokenizer_texts import DATA, HARD_TEXTS, KJV, from_json, load, scripts, sentencepiece_tokenizer, small_json
 
 Change = Callable[[dict[str, Any]], Any]

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from formats.convert import convert
-from formats.source import open_source
+from formats.conversion.convert import convert
+from formats.sources.source import open_source
 from runtime import benchmark, evaluate, warmup
 from runtime.kernels.words import KERNELS
 from runtime.model import Model

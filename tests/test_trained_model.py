@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from formats.convert import convert
-from formats.source import open_source
+from formats.conversion.convert import convert
+from formats.sources.source import open_source
 from runtime import evaluate
 from runtime.model import Model
 from runtime.tokenizer import Tokenizer, load_tokenizer

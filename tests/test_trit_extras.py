@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from formats.codec_base import round_to, to_bf16
 from formats.codecs import CODECS, payload_nbytes
+from formats.codecs.base import round_to, to_bf16
+from formats.codecs.trit import max_level, pack
+from formats.codecs.trit_extras import exception_weights, pack_signs
 from formats.container import Tensor, dequantize, dequantize_rows, open_trit
 from formats.errors import FormatError, TensorError
-from formats.trit import max_level, pack
-from formats.trit_extras import exception_weights, pack_signs
 from formats.writer import TritWriter
 from runtime.kernels.select import get_kernels
 
@@ -104,7 +104,7 @@ def test_either_may_be_missing(without: tuple[str, str], file: Any) -> None:
 def test_a_matrix_larger_than_a_chunk(file: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     values, params, parts = made((100, 80), "bfloat16", 3)
     tensor = file((100, 80), params, parts, "trit3")
-    monkeypatch.setattr("formats.codec_base.CHUNK", 500)
+    monkeypatch.setattr("formats.codecs.base.CHUNK", 500)
     assert dequantize(tensor).tobytes() == values.tobytes()
 
 

@@ -13,8 +13,8 @@ import numpy as np
 
 from formats.codecs import CODECS
 from formats.container import dequantize, open_trit
-from formats.convert import convert
-from formats.source import expected_tensors, open_source
+from formats.conversion.convert import convert
+from formats.sources.source import expected_tensors, open_source
 from formats.writer import TritWriter
 
 FIXTURES = Path(__file__).parent / "data" / "fixtures"

@@ -11,10 +11,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from formats.byte_level import read_ranks
-from formats.tokenizer_json import PRE_TOKENIZERS
-from formats.tokenizer_settings import Settings
-from formats.tokenizer_source import from_ranks, tokenizer_from_hf
+from formats.tokenizers.byte_level import read_ranks
+from formats.tokenizers.hf_json import PRE_TOKENIZERS
+from formats.tokenizers.settings import Settings
+from formats.tokenizers.source import from_ranks, tokenizer_from_hf
 from runtime.tokenizer import Tokenizer, load_tokenizer
 
 DATA = Path(__file__).parent / "data" / "tokenizers"

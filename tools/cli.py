@@ -10,7 +10,7 @@ from formats.version import __version__
 from runtime.cli import UserError, run
 
 COMMANDS = {
-    "chat": ("runtime.chat", "talk to a model"),
+    "chat": ("runtime.chat.__main__", "talk to a model"),
     "server": ("runtime.server.__main__", "serve a model to OpenAI's clients and to a browser"),
     "convert": ("tools.convert", "make a .trit file from a checkpoint"),
     "export": ("tools.export", "make a Hugging Face folder from a .trit file"),

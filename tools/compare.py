@@ -18,16 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from formats.container import open_trit
-from formats.plan import MATRICES
+from formats.conversion.plan import MATRICES
 from runtime import evaluate
 from runtime.benchmark import thread_count
 from runtime.cli import ArgumentParser, UserError, run
 from runtime.model import Model
 from runtime.progress import Bar
-
-from .arguments import add_run_arguments, positive, require_matplotlib
-from .peers import LlamaCppModel, gguf_bits, k_quant
-from .perplexity import encode, read_text
+from tools.arguments import add_run_arguments, positive, require_matplotlib
+from tools.peers import LlamaCppModel, gguf_bits, k_quant
+from tools.perplexity import encode, read_text
 
 
 @dataclass(frozen=True)

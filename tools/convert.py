@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from formats import FormatError, SourceError
-from formats.convert import PLAIN, QUANTS, Summary, check_outputs, convert_several, several_paths
-from formats.plan import KEEP, MIXED, TRITS
-from formats.report import report_of
-from formats.source import Source, open_source
-from formats.trit_codec import Encode
+from formats.codecs.trit_codec import Encode
+from formats.conversion.convert import PLAIN, QUANTS, Summary, check_outputs, convert_several, several_paths
+from formats.conversion.plan import KEEP, MIXED, TRITS
+from formats.conversion.report import report_of
+from formats.sources.source import Source, open_source
 from runtime.cli import ArgumentParser, UserError, run
 from runtime.config import ModelConfig
 from runtime.encoder import ENCODERS, fast_encoder
@@ -33,8 +33,8 @@ from runtime.tokenizer import make_tokenizer
 if TYPE_CHECKING:
     from runtime.calibration.state import StateFolder
 
-from .arguments import positive
-from .perplexity import read_text
+from tools.arguments import positive
+from tools.perplexity import read_text
 
 CONTEXTS = (8192, 32768, 131072)
 TOKENS = 32768

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 
 from formats import open_trit
-from formats.hf_export import DTYPES, export_hf
+from formats.conversion.hf_export import DTYPES, export_hf
 from runtime.cli import ArgumentParser, run
 from runtime.progress import Bar
 

@@ -15,15 +15,14 @@ from formats.container import TritFile
 from formats.kv_modules import KVModule, describe_modules, read_kv_modules
 from runtime.budget import BY_QUALITY
 from runtime.budget import plans as plan_memory
-from runtime.chat_format import recognise
 from runtime.cli import ArgumentParser, UserError, one_line, run
 from runtime.config import ModelConfig
+from runtime.messages.chat_format import recognise
 from runtime.options import DEFAULT_N_BATCH
 from runtime.progress import Bar
 from runtime.sizes import kv_bytes_per_token, weight_bytes
-
-from .arguments import require_matplotlib
-from .layers_plot import draw_layers, read_errors
+from tools.arguments import require_matplotlib
+from tools.layers_plot import draw_layers, read_errors
 
 CONTEXTS = (8192, 32768, 131072)
 LAYER = re.compile(r"^layers\.\d+\.")

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from runtime.cache import KVRing
 from runtime.config import ModelConfig
 from runtime.model import Model
+from runtime.ring.cache import KVRing
 
 Floats = npt.NDArray[np.float32]
 Progress = Callable[[int, int, str], None]

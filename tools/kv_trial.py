@@ -15,7 +15,7 @@ from formats.codecs import CODECS
 from formats.container import Tensor
 from formats.kv_modules import KVModule
 from runtime.model import Model
-from runtime.projections import Projections
+from runtime.ring.projections import Projections
 
 Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]

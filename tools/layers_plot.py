@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from formats.container import TritFile
-from formats.plan import MATRICES
+from formats.conversion.plan import MATRICES
 from runtime.cli import UserError
 
 _NAME = re.compile(r"layers\.(\d+)\.(\w+)")

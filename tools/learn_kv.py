@@ -24,7 +24,7 @@ from runtime import evaluate
 from runtime.cli import ArgumentParser, UserError, run
 from runtime.model import Model
 from runtime.progress import Bar
-from runtime.ring_codecs import Plane, code_codec, side_codecs
+from runtime.ring.codecs import Plane, code_codec, side_codecs
 from runtime.sizes import kv_bytes_per_token
 from runtime.tokenizer import load_tokenizer
 from tools import kv_fit

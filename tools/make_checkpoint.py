@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from formats.synthetic import FORMS, KV_FORMS, SHAPES, make_checkpoint
+from formats.conversion.synthetic import FORMS, KV_FORMS, SHAPES, make_checkpoint
 from runtime.cli import ArgumentParser, run
 from runtime.encoder import fast_encoder
 from runtime.progress import Bar

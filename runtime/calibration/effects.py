@@ -13,10 +13,10 @@ from dataclasses import replace
 import numpy as np
 
 from formats.codecs import CODECS
-from formats.mixed import allocate, base_depth
-from formats.plan import measure_all, rows_of
-from formats.source import Source
-from formats.trit_codec import Encode
+from formats.codecs.trit_codec import Encode
+from formats.conversion.mixed import allocate, base_depth
+from formats.conversion.plan import measure_all, rows_of
+from formats.sources.source import Source
 
 from ..config import ModelConfig
 from ..evaluate import log_softmax

@@ -18,8 +18,8 @@ from typing import Protocol
 
 import numpy as np
 
-from formats.best_units import Search, fit_units, search_reference
-from formats.trit import ENTRIES, GROUP, max_level
+from formats.codecs.best_units import Search, fit_units, search_reference
+from formats.codecs.trit import ENTRIES, GROUP, max_level
 
 # Without these the encoder learns the calibration text by heart: correlations of inputs are taken to be smaller than
 # they were found by a share SHRINKAGE, and DAMPING times the mean of H's diagonal is added to it.

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from formats.codec_base import Parts
+from formats.codecs.base import Parts
 
 from .feedback import Factors, corrected, factorize, regularize
 from .streams import Forward, Stream, product

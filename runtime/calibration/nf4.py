@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from formats.codec_base import row_chunks
-from formats.nf4 import BOUNDS, LEVELS, TINY, block_scales, nearest, pack_codes, quantize_scales
-from formats.plan import OPTIONS
+from formats.codecs.base import row_chunks
+from formats.codecs.nf4 import BOUNDS, LEVELS, TINY, block_scales, nearest, pack_codes, quantize_scales
+from formats.conversion.plan import OPTIONS
 
 from .feedback import Factors
 

@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from formats.codec_base import Parts
-from formats.plan import OPTIONS
-from formats.source import Carried, Source
-from formats.trit import GROUP, pack
+from formats.codecs.base import Parts
+from formats.codecs.trit import GROUP, pack
+from formats.conversion.plan import OPTIONS
+from formats.sources.source import Carried, Source
 from formats.version import __version__
 
 from ..config import ModelConfig

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..cache import KVRing
 from ..config import ModelConfig
 from ..kernels import Kernels
+from ..ring.cache import KVRing
 from ..rope import angles, frequencies
 
 BATCH = 2048  # tokens that are worked on at a time, or one window if that is longer

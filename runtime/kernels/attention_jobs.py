@@ -10,9 +10,9 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from ..cache import KVRing
-from ..projections import Decoder
-from ..ring_codecs import CODECS, Plane
+from ..ring.cache import KVRing
+from ..ring.codecs import CODECS, Plane
+from ..ring.projections import Decoder
 from . import words as w
 from .base import Decoders, Turns
 from .memory import address, aligned

@@ -9,8 +9,8 @@ import numpy as np
 
 from formats import Tensor
 
-from ..cache import KVRing
-from ..projections import Decoder
+from ..ring.cache import KVRing
+from ..ring.projections import Decoder
 
 GROUP = 16  # inputs that share one scale when activations are int8
 TRITS = ("trit1", "trit2", "trit3", "trit4")

@@ -14,8 +14,8 @@ import numpy as np
 
 from formats import Tensor
 
-from ..cache import KVRing
 from ..errors import KernelDiffers
+from ..ring.cache import KVRing
 from . import words as w
 from .attention_jobs import AttentionJobs
 from .base import GROUP, TRITS, Decoders, Turns, takes_int8

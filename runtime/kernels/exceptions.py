@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from formats import Tensor, TensorError
-from formats.trit_extras import exception_weights
+from formats.codecs.trit_extras import exception_weights
 
 _AT_ONCE = 1 << 20  # products held in memory
 

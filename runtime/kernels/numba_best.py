@@ -1,4 +1,4 @@
-"""The search of formats/best_units.py, compiled: the same bytes, several depths from one pass.
+"""The search of formats/codecs/best_units.py, compiled: the same bytes, several depths from one pass.
 
 Groups are handled LANES at a time, one lane each, because the errors of a group must be summed in order.
 """
@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from formats.best_units import fit_units, sample_groups
-from formats.codec_base import CHUNK, Rows
-from formats.trit import ENTRIES, GROUP, grouped, max_level
-from formats.trit_codec import Encoded
+from formats.codecs.base import CHUNK, Rows
+from formats.codecs.best_units import fit_units, sample_groups
+from formats.codecs.trit import ENTRIES, GROUP, grouped, max_level
+from formats.codecs.trit_codec import Encoded
 
 from .numba_encode import READ_ONLY, Run, compiled, pack_nearest
 

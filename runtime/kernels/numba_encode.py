@@ -1,4 +1,4 @@
-"""The trit quantiser of formats/trit.py, compiled: the same bytes, several depths from one pass.
+"""The trit quantiser of formats/codecs/trit.py, compiled: the same bytes, several depths from one pass.
 
 Every arithmetic step is the reference's, in the same order and precision, so nothing depends on the machine.
 Groups are handled LANES at a time, one lane each, because the 16 weights of a group must be summed in order.
@@ -14,9 +14,9 @@ import numpy as np
 from numba import njit
 from numba.core import config
 
-from formats.codec_base import Rows, check_fits, finite_rows, row_chunks
-from formats.trit import ENTRIES, GROUP, GROUPS, ROWS, UNITS, codebook, max_level
-from formats.trit_codec import Encoded, TritCodec
+from formats.codecs.base import Rows, check_fits, finite_rows, row_chunks
+from formats.codecs.trit import ENTRIES, GROUP, GROUPS, ROWS, UNITS, codebook, max_level
+from formats.codecs.trit_codec import Encoded, TritCodec
 
 from .compiling import folder
 
@@ -166,7 +166,7 @@ def _round_block(w, codes, units, limit, strip, column, level, code):
 
 @njit
 def _join(level, code, depth, out):
-    """Pack the levels and codes of one superblock as `pack` of formats/trit.py does.
+    """Pack the levels and codes of one superblock as `pack` of formats/codecs/trit.py does.
 
     level: (5, 4, 16, 4) uint8; code: (5, 16) uint8; out: (256 * depth + 48,) uint8, written
     """

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from formats.trit import ENTRIES, GROUP, max_level
+from formats.codecs.trit import ENTRIES, GROUP, max_level
 
 from .numba_encode import READ_ONLY, Run, compiled
 

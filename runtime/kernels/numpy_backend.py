@@ -9,7 +9,7 @@ import numpy as np
 
 from formats import Tensor, dequantize
 
-from ..cache import KVRing
+from ..ring.cache import KVRing
 from .base import GROUP, Decoders, Turns, takes_int8
 
 LEVEL_TOP = 8191

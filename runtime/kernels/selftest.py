@@ -15,11 +15,11 @@ import numpy as np
 from formats import CODECS, Tensor
 from formats.kv_modules import KVModule
 
-from ..cache import KVRing
 from ..config import ModelConfig
 from ..errors import KernelDiffers
-from ..projections import Decoder
-from ..ring_codecs import CODECS as RING_CODECS
+from ..ring.cache import KVRing
+from ..ring.codecs import CODECS as RING_CODECS
+from ..ring.projections import Decoder
 from ..rope import angles, frequencies
 from .compiled_backend import CompiledKernels
 from .numpy_backend import NumpyKernels

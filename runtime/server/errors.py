@@ -8,7 +8,7 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
-from ..chat_format import ChatFormatError
+from ..messages.chat_format import ChatFormatError
 from ..sampler import OptionError
 from ..tokenizer import TokenizerError
 from ..window import ContextOverflowError

@@ -1,0 +1,1 @@
+"""Talk to a model at a terminal: `python -m runtime.chat`."""

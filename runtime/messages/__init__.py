@@ -1,0 +1,1 @@
+"""Conversations: messages checked, turned into a model's tokens, kept in turns."""

@@ -1,0 +1,1 @@
+"""The KV ring: what it stores, how, and its learned projections."""

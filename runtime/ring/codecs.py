@@ -1,0 +1,156 @@
+"""How the KV ring stores numbers. What is written here in NumPy is the definition; compiled kernels give the same bits.
+
+A vector is cut into groups, its last one filled with zeros.
+
+| codec | group | a number is read as |
+|---|---|---|
+| f32 | 16 | itself |
+| f16 | 16 | itself, in half precision; larger numbers than 65504 are stored as that |
+| q8 | 64 (32 where 64 does not divide the vector) | code * scale, code in -127..127, scale in f16 |
+| q4 | 32 | code * scale + base, code in 0..15, scale and base in f16 |
+
+Scales are one for each group, token and head, taken from the largest number (q4: the smallest and the largest).
+Before keys and values become q8 or q4 they are rotated by a Hadamard matrix, which spreads outliers over all numbers
+(QuaRot; Ashkboos et al., 2024). It is its own inverse, and leaves products of rotated queries and keys as they were.
+Codes of learned projections are not rotated.
+"""
+
+from __future__ import annotations
+
+import mmap
+import re
+
+import numpy as np
+
+from ..errors import CacheError
+
+CODECS = ("f32", "f16", "q8", "q4")
+LARGEST = np.float32(65504)  # of float16
+
+
+def side_codecs(kv: str) -> tuple[str, str]:
+    """Read "q8" or "k=q8,v=q4": the codec of keys and the codec of values.
+
+    Raises CacheError.
+    """
+    match = re.fullmatch(r"k=(\w+),v=(\w+)|(\w+)", kv)
+    found = (match[1] or match[3], match[2] or match[3]) if match else ("", "")
+    if not set(found) <= set(CODECS):
+        raise CacheError(f"the KV ring has no codec {kv!r}; it has {', '.join(CODECS)}, or k=CODEC,v=CODEC")
+    return found
+
+
+def code_codec(codec: str, rank: int) -> str:
+    """The codec of a learned projection's codes in a ring of that codec.
+
+    Codes carry more than the numbers they stand for: they are never 4-bit. Short ones would gain nothing from q8.
+    """
+    return codec if codec in ("f32", "f16") else "q8" if rank >= 32 else "f16"
+
+
+class Plane:
+    """For each slot of the ring `heads` vectors of `width` numbers: the keys or the values of one layer.
+
+    rotated: numbers in one block of the Hadamard rotation, the largest power of two that divides width; 1 for none
+    codes: (heads, slots, n) of float32, float16, int8, or uint8 with two codes in a byte: of each group's 16 bytes,
+    byte i holds code i in its lower and code i + 16 in its upper half
+    scales: (heads, slots, groups) float16 for q8, (heads, slots, groups, 2) for q4 with scale and base, else empty
+    """
+
+    def __init__(self, codec: str, heads: int, width: int, slots: int, learned: bool = False) -> None:
+        """learned: it stores the codes of a learned projection"""
+        self.codec, self.heads, self.width, self.slots = codec, heads, width, slots
+        self.rotated = width & -width if codec in ("q8", "q4") and not learned else 1
+        self.group = {"f32": 16, "f16": 16, "q8": 32 if width % 64 else 64, "q4": 32}[codec]
+        groups = -(-width // self.group)
+        self.padded = groups * self.group
+        dtype = {"f32": np.float32, "f16": np.float16, "q8": np.int8, "q4": np.uint8}[codec]
+        self.codes = _aligned((heads, slots, self.padded // 2 if codec == "q4" else self.padded), dtype)
+        extra = {"q8": (groups,), "q4": (groups, 2)}.get(codec, (0,))
+        self.scales = _aligned((heads, slots, *extra), np.float16)
+
+    @property
+    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """Everything that is stored, each array with its slots along the second axis."""
+        return self.codes, self.scales
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes + self.scales.nbytes
+
+    def write(self, slots: np.ndarray, vectors: np.ndarray) -> None:
+        """Store vectors. slots: (n,) integer; vectors: (n, heads * width) float32"""
+        x = np.zeros((self.heads, len(slots), self.padded), np.float32)
+        given = vectors.reshape(len(slots), self.heads, self.width).transpose(1, 0, 2)
+        x[:, :, : self.width] = hadamard(given, self.rotated)
+        if self.codec == "f32":
+            self.codes[:, slots] = x
+            return
+        if self.codec == "f16":
+            self.codes[:, slots] = np.clip(x, -LARGEST, LARGEST)
+            return
+        groups = x.reshape(*x.shape[:2], -1, self.group)
+        codes, self.scales[:, slots] = (_quantize_q8 if self.codec == "q8" else _quantize_q4)(groups)
+        self.codes[:, slots] = codes.reshape(*codes.shape[:2], -1)
+
+    def read(self, slots: np.ndarray) -> np.ndarray:
+        """Give the stored vectors. slots: (n,) integer; returns: (heads, n, width) float32"""
+        codes = self.codes[:, slots]
+        if self.codec in ("f32", "f16"):
+            return codes[:, :, : self.width].astype(np.float32)
+        scales = self.scales[:, slots].astype(np.float32)
+        groups = codes.reshape(*codes.shape[:2], scales.shape[2], -1)
+        if self.codec == "q8":
+            x = groups * scales[..., None]
+        else:
+            x = np.concatenate((groups & 15, groups >> 4), axis=3) * scales[..., :1] + scales[..., 1:]
+        return hadamard(x.reshape(*codes.shape[:2], self.padded)[:, :, : self.width], self.rotated)
+
+
+def hadamard(x: np.ndarray, size: int) -> np.ndarray:
+    """Rotate vectors by a Hadamard matrix, in blocks of `size` numbers, a power of two.
+
+    x: (..., width) float32, width a multiple of size; returns: as x
+    """
+    if size == 1:
+        return x
+    y, step = x.reshape(-1, size), 1
+    while step < size:
+        pairs = y.reshape(len(y), -1, 2, step)
+        y = np.stack((pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]), axis=2).reshape(len(y), size)
+        step *= 2
+    return (y * np.float32(1 / np.sqrt(size))).reshape(x.shape)
+
+
+def _quantize_q8(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """x: (..., group) float32; returns: codes as x, int8; scales (...) float16"""
+    scales = np.minimum(np.abs(x).max(axis=-1) / np.float32(127), LARGEST).astype(np.float16)
+    return np.clip(np.rint(_divided(x, scales)), -127, 127).astype(np.int8), scales
+
+
+def _quantize_q4(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """x: (..., group) float32; returns: codes (..., group / 2) uint8; scales and bases (..., 2) float16"""
+    low, high = x.min(axis=-1), x.max(axis=-1)
+    scales = np.minimum((high - low) / np.float32(15), LARGEST).astype(np.float16)
+    bases = np.clip(low, -LARGEST, LARGEST).astype(np.float16)
+    codes = np.clip(np.rint(_divided(x - bases.astype(np.float32)[..., None], scales)), 0, 15).astype(np.uint8)
+    half = codes.shape[-1] // 2
+    return codes[..., :half] | codes[..., half:] << 4, np.stack((scales, bases), axis=-1)
+
+
+def _divided(x: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """x / scale for each group, zero where the scale is."""
+    wide = scales.astype(np.float32)[..., None]
+    return np.divide(x, wide, out=np.zeros_like(x), where=wide > 0)
+
+
+def _aligned(shape: tuple[int, ...], dtype: type) -> np.ndarray:
+    """Zeros in a mapping of their own: pages that are never written take no memory, and with the ring all go back.
+
+    np.zeros promises neither once the allocator has seen a ring go.
+    """
+    count = int(np.prod(shape))
+    # Shared, as mmap makes them, a forked child would write into its parent's.
+    flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    raw = mmap.mmap(-1, max(1, count * np.dtype(dtype).itemsize), **flags)
+    return np.frombuffer(raw, dtype, count).reshape(shape)
