@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import secrets
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -19,6 +18,7 @@ from .codecs.base import Streamed
 from .errors import HeaderError, TensorError
 from .header import MAGIC, MAX_HEADER, PREFIX, VERSION, check_layout, check_name, check_sections
 from .strict_json import parse_json
+from .unfinished import Unfinished
 
 _CHUNK = 16 << 20
 # The most that one line of the table takes besides its name.
@@ -54,13 +54,12 @@ class TritWriter:
         self._header_length = align(PREFIX.size + room + 4) - PREFIX.size - 4
         if self._header_length > MAX_HEADER:
             raise HeaderError(self.path, f"the metadata takes {room} bytes; the limit is {MAX_HEADER}")
-        folder = os.path.dirname(self._target)
-        self._temporary = os.path.join(folder, f".trit-{os.getpid()}-{secrets.token_hex(4)}.tmp")
+        self._temporary = Unfinished(self._target)
         try:
-            self._file = open(self._temporary, "xb")  # noqa: SIM115 - closed by close() or abort()
+            self._file = open(self._temporary.path, "wb")  # noqa: SIM115 - closed by close() or abort()
             self._file.write(bytes(PREFIX.size + self._header_length + 4))
         except BaseException:
-            self._discard()  # a signal may end open() after it made the file
+            self._discard()
             raise
 
     def add(
@@ -139,8 +138,7 @@ class TritWriter:
             if file is not None:
                 file.close()
         finally:
-            with suppress(FileNotFoundError):
-                os.unlink(self._temporary)
+            self._temporary.discard()
 
     def _finish(self) -> None:
         """Write the header; all that is left is to give the file its name."""
@@ -160,9 +158,8 @@ class TritWriter:
     def _publish(self) -> None:
         assert self._file is not None
         self._file.close()
-        os.replace(self._temporary, self._target)
+        self._temporary.publish()
         self._file = None
-        _sync_folder(os.path.dirname(self._target))
 
     def _write(self, data: bytes | memoryview, crc: int) -> int:
         assert self._file is not None
@@ -235,16 +232,3 @@ def _json(value: Any) -> bytes:
     """The one way JSON is written: sorted keys, no spaces, UTF-8, finite numbers."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return text.encode("utf-8")
-
-
-def _sync_folder(folder: str) -> None:
-    """Make the rename itself durable, where the system can."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        with suppress(OSError):
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 import zipfile
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from formats.conversion.convert import convert
 from formats.errors import FormatError
 from formats.header import VERSION
 from formats.sources.source import open_source
+from formats.unfinished import Unfinished
 from formats.version import __version__
 
 from .encoder import fast_encoder
@@ -71,12 +71,15 @@ def demo_model(progress: Progress | None = None) -> Path:
     started = time.perf_counter()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".demo-", dir=path.parent) as temporary:
+        scratch = Unfinished(path, folder=True)
+        try:
             if progress is None:
                 with Bar("demo model") as bar:
-                    _build(Path(temporary), path, bar)
+                    _build(Path(scratch.path), path, bar)
             else:
-                _build(Path(temporary), path, progress)
+                _build(Path(scratch.path), path, progress)
+        finally:
+            scratch.discard()
     except (OSError, FormatError) as exc:
         raise DemoError(f"the demo model cannot be built in {path.parent}: {exc}") from exc
     megabytes = path.stat().st_size / 1e6

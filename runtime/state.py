@@ -10,15 +10,15 @@ from __future__ import annotations
 import io
 import json
 import os
-import secrets
 import struct
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+from formats.unfinished import unfinished
 
 from .errors import CacheError
 from .generate import Session
@@ -81,19 +81,11 @@ def restore_session(session: Session, saved: SavedSession, stream: io.BufferedIO
 
 def write_private(path: str | os.PathLike[str], parts: Iterable[bytes | memoryview]) -> None:
     """Write a file that appears whole or not at all, and that only its owner may read. Raises OSError."""
-    target = os.path.realpath(path)
-    temporary = os.path.join(os.path.dirname(target), f".session-{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    try:
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            for part in parts:
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
+    with unfinished(path, private=True) as temporary, open(temporary, "wb") as file:
+        for part in parts:
+            file.write(part)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _read_header(raw: bytes, fingerprint: str) -> tuple[int, Any]:

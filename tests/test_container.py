@@ -214,7 +214,7 @@ def test_killed_writer_leaves_no_file_under_the_name(tmp_path):
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "m.trit")], cwd=root, check=False)
     assert done.returncode == 9
     assert not (tmp_path / "m.trit").exists()
-    assert all(name.startswith(".trit-") and name.endswith(".tmp") for name in os.listdir(tmp_path))
+    assert all(name.startswith(".tritllama-") and name.endswith(".tmp") for name in os.listdir(tmp_path))
 
 
 def test_existing_file_is_kept(tmp_path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections import Counter
@@ -20,6 +19,7 @@ from formats.conversion.convert import PLAIN, QUANTS, Summary, check_outputs, co
 from formats.conversion.plan import KEEP, MIXED, TRITS
 from formats.conversion.report import report_of
 from formats.sources.source import Source, open_source
+from formats.unfinished import naming, unfinished
 from runtime.cli import ArgumentParser, UserError, run
 from runtime.config import ModelConfig
 from runtime.encoder import ENCODERS, fast_encoder
@@ -162,8 +162,10 @@ def calibrated(
         codecs = {item.name: item.codec for item in summary.plan if item.is_matrix}
         print_codecs(codecs, summary.matrix_bpw)
         with Bar("calibrate", unit="step") as bar:
-            work = Calibration(source, windows, codecs, Path(args.state or f"{out}.state"), kernels, pool, bar)
-            found = work.run()
+            folder = Path(args.state or f"{out}.state")
+            with naming(folder, "the layers that are done are kept: make room and repeat the command"):
+                work = Calibration(source, windows, codecs, folder, kernels, pool, bar)
+                found = work.run()
     texts = " ".join(f"--calibrate {Path(path).name}" for path in args.calibrate)
     return found, codecs, f"{texts} --calibrate-tokens {windows.size}", work.state
 
@@ -180,13 +182,8 @@ def check_report(path: Path, others: Sequence[Path], overwrite: bool) -> None:
 
 def write_report(path: Path, report: object) -> None:
     """Write JSON that appears whole or not at all. Raises OSError that names the file."""
-    partial = path.with_name(f".{path.name}.tmp")
-    try:
-        partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as exc:
-        partial.unlink(missing_ok=True)
-        raise OSError(exc.errno, exc.strerror, str(path)) from exc
+    with unfinished(path) as temporary:
+        Path(temporary).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def check_runs(source: Source) -> None:

@@ -23,6 +23,7 @@ from ..codecs.trit_codec import Encode, encode_reference
 from ..errors import SourceError
 from ..kv_modules import FEATURE, module_tensors
 from ..sources.source import Source
+from ..unfinished import naming
 from ..version import __version__
 from ..writer import TritWriter, close_all
 from .plan import (
@@ -122,13 +123,13 @@ def convert_several(
         for summary, options in jobs:
             header = {**metadata, "source": {**metadata["source"], "options": options}}
             names = [item.name for item in summary.plan]
-            with _naming(summary.path):
+            with naming(summary.path):
                 writers.append(stack.enter_context(TritWriter(summary.path, header, names, overwrite)))
         plans = _write(summaries, writers, encode, progress, report)
         for path, stamp in _stamps(source).items():
             if stamp != before[path]:
                 raise SourceError(path, "changed while it was converted; convert it again")
-        with _naming(summaries[0].path):
+        with naming(summaries[0].path):
             close_all(writers)
     return [
         Summary(summary.path, plan, [*source.notes, *notes_on(plan, done=True)])
@@ -150,7 +151,7 @@ def _write(
         if progress:
             progress(done, total, items[0].name)
         for plan, writer, (item, parts) in zip(written, writers, _pack(items, encode), strict=True):
-            with _naming(Path(writer.path)):
+            with naming(Path(writer.path)):
                 writer.add(item.name, item.codec, item.shape, item.params, parts)
             if report and item.source:
                 item = replace(item, facts={**item.facts, **errors_of(item, parts, rows_of(item.source))})
@@ -296,14 +297,3 @@ def check_outputs(source: Source, summaries: Sequence[Summary], overwrite: bool)
     if free < needed:
         where = str(summaries[0].path if len(summaries) == 1 else folder)
         raise OSError(errno.ENOSPC, f"needs {needed:,} bytes, but only {free:,} are free", where)
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Say which file could not be written: a full disk gives an error without a name."""
-    try:
-        yield
-    except OSError as exc:
-        if exc.filename is not None or exc.errno is None:
-            raise
-        raise OSError(exc.errno, f"{exc.strerror} (nothing was left behind)", str(path)) from exc

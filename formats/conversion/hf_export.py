@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -25,6 +24,7 @@ from ..sources.hf_names import HF_NAMES
 from ..sources.kv_map import CONFIG_KEY, map_of, names_for
 from ..sources.licence import LICENCE_FILES
 from ..sources.source import MAX_LAYERS, expected_tensors
+from ..unfinished import unfinished
 from ..version import __version__
 from .safetensors_writer import SHARD_BYTES, Piece, Progress, write_folder
 
@@ -77,22 +77,14 @@ def export_hf(
     names = _kv_names(file, modules, {piece.name for piece in pieces})
     pieces += [_kv_piece(file, name, theirs) for name, theirs in names.items()]
     _check_target(target, sum(piece.nbytes for piece in pieces))
-    temporary = target.parent / f".export-{os.getpid()}-{secrets.token_hex(4)}.tmp"
-    temporary.mkdir()
-    try:
-        write_folder(temporary, pieces, shard_bytes, progress)
+    with unfinished(target, folder=True) as temporary:
+        inside = Path(temporary)
+        write_folder(inside, pieces, shard_bytes, progress)
         about_modules = {CONFIG_KEY: map_of(modules, names)} if modules else {}
-        _write_json(temporary / "config.json", {**hf_config(file, made.dtype), **about_modules})
-        _write_json(temporary / "generation_config.json", _generation(file))
-        _write_tokenizer(file, temporary, made)
-        _write_about(file, temporary)
-        os.rename(temporary, target)
-    except BaseException as exc:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(exc, OSError) and exc.errno == errno.ENOSPC:
-            message = f"{exc.strerror} (nothing was left behind)"
-            raise OSError(exc.errno, message, str(target)) from exc
-        raise
+        _write_json(inside / "config.json", {**hf_config(file, made.dtype), **about_modules})
+        _write_json(inside / "generation_config.json", _generation(file))
+        _write_tokenizer(file, inside, made)
+        _write_about(file, inside)
     if modules:
         made.notes.append(
             f"the learned KV modules are in the folder, and config.json names them ({CONFIG_KEY!r}) for tools.convert; "
