@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from importlib.util import find_spec
 
 from runtime.cli import UserError
@@ -33,22 +34,28 @@ def natural_list(text: str) -> list[int]:
     return [_at_least(part, 0) for part in text.split(",")]
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, threads: bool = True) -> None:
-    """Add the model and how to run it; without `threads` the command defines -t itself."""
+def ring_codecs(text: str) -> list[str]:
+    """Read codecs of the ring with commas between them, k=CODEC,v=CODEC among them, for argparse."""
+    return [_ring_codec(part) for part in re.split(r",(?!v=)", text)]
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, threads: bool = True, kv: bool = True) -> None:
+    """Add the model and how to run it; without `threads` or `kv` the command defines -t or --kv itself."""
     parser.add_argument("model", metavar="FILE.trit", help="the model")
-    add_run_arguments(parser, threads)
+    add_run_arguments(parser, threads, kv)
 
 
-def add_run_arguments(parser: argparse.ArgumentParser, threads: bool = True) -> None:
+def add_run_arguments(parser: argparse.ArgumentParser, threads: bool = True, kv: bool = True) -> None:
     """Add how to run models."""
     if threads:
         parser.add_argument("-t", "--threads", type=positive, metavar="N", help="threads (default: all cores allowed)")
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="kernels to run on (auto)")
     parser.add_argument("--activations", choices=ACTIVATIONS, default="int8", help="int8: fast (default); f32: exact")
-    parser.add_argument(
-        "--kv", type=_ring_codec, default="auto", metavar="CODEC",
-        help="codec of keys and values: auto, f32, f16, q8, q4, or k=CODEC,v=CODEC",
-    )  # fmt: skip
+    if kv:
+        parser.add_argument(
+            "--kv", type=_ring_codec, default="auto", metavar="CODEC",
+            help="codec of keys and values: auto, f32, f16, q8, q4, or k=CODEC,v=CODEC",
+        )  # fmt: skip
 
 
 def require_matplotlib() -> None:

@@ -16,6 +16,7 @@ COMMANDS = {
     "export": ("tools.export", "make a Hugging Face folder from a .trit file"),
     "inspect": ("tools.inspect", "show or verify what is in a .trit file"),
     "perplexity": ("tools.perplexity", "measure how well a model predicts a text"),
+    "needle": ("tools.needle", "test whether a fact in a long context is found again"),
     "compare": ("tools.compare", "compare files of one model, in a table and a picture"),
     "learn_kv": ("tools.learn_kv", "learn a compression of the KV cache"),
     "make_checkpoint": ("tools.make_checkpoint", "write a checkpoint of true size with random weights"),
