@@ -8,7 +8,7 @@
 
 enum codec { F32, F16, BF16, Q8, NF4, NF4_NESTED };
 
-enum { NESTED_SHIFT = 8 };           // scales of 256 NF4 blocks share one nested scale
+enum { NESTED_BLOCKS = 256 };        // NF4 blocks whose scales share one nested scale
 enum { TILE = 4, PIECE = 512 };      // rows that are computed together; columns that are expanded at a time
 enum { WIDE = LANES == 8 ? 2 : 4 };  // tokens that are computed together, as registers allow
 
@@ -20,7 +20,7 @@ INLINE float scale_of(source w, int64_t block) {
     if (w.codec == Q8) return v_read_f16((const uint16_t *)at(w.matrix[AUX], 0) + block);
     if (w.codec == NF4) return *(const float *)at(w.matrix[AUX], block * 4);
     const float *offset_and_levels = at(w.matrix[AUX3], 0);
-    float nested = *(const float *)at(w.matrix[AUX2], (block >> NESTED_SHIFT) * 4);
+    float nested = *(const float *)at(w.matrix[AUX2], block / NESTED_BLOCKS * 4);
     return offset_and_levels[1 + *(const uint8_t *)at(w.matrix[AUX], block)] * nested + offset_and_levels[0];
 }
 

@@ -1,6 +1,6 @@
 // What all matrix products share: the job's words, the activations they read, and the outputs they write.
 //
-// Activations are copied once per product to zero-padded rows and, if int8 is wanted, quantised in groups of 16. Pool
+// Activations are prepared once per product: as zero-padded rows, quantised in groups of 16, or both. Pool
 // units count through all matrices of a job, UNIT_ROWS rows each. Every output is one sum over the inputs in one fixed
 // order, whatever the number of tokens or threads.
 #pragma once
@@ -18,6 +18,9 @@ typedef const int64_t *words;
 
 INLINE void *at(int64_t address, int64_t offset) { return (char *)(intptr_t)address + offset; }
 
+INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
+
 INLINE float float_word(const int64_t *word) {
     float value;
     memcpy(&value, word, sizeof value);
@@ -30,42 +33,44 @@ INLINE float float_of_bits(uint32_t bits) {
     return value;
 }
 
-// 16 inputs as int8 with one scale, and their sum. evens_first: the same, in the order in which bytes hold nibbles
-INLINE void quantize_group(const float *x, int8_t *quants, int8_t *evens_first, int32_t *sum, float *scale) {
+// Groups of 16 that a padded row of activations has.
+INLINE int64_t groups_of(words job) { return (job[WIDTH] + PADDING - 1) / PADDING * (PADDING / GROUP); }
+
+// 16 inputs as int8 with one scale, and their sum, at place number k of the job's arrays.
+INLINE void quantize_group(words job, const float *x, int64_t k, int64_t nibbles) {
     vf top = v_abs(v_load(x));
     for (int i = LANES; i < GROUP; i += LANES) top = v_larger(top, v_abs(v_load(x + i)));
-    float largest = largest_magnitude(top);
-    float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
-    *scale = largest / 127.0f;
+    float largest = largest_magnitude(top), inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
+    int8_t quants[GROUP];
     vi total = {0};
     for (int i = 0; i < GROUP; i += LANES) {
         vi q = v_round(v_load(x + i) * inverse);
         v_store_i8(quants + i, q);
         total += q;
     }
-    *sum = 0;
-    for (int i = 0; i < LANES; i++) *sum += total[i];
-    for (int i = 0; i < GROUP; i++) evens_first[i] = quants[i / 8 * 8 + i % 4 * 2 + i / 4 % 2];
+    int32_t sum = 0;
+    for (int i = 0; i < LANES; i++) sum += total[i];
+    *(int32_t *)at(job[SUMS], k * 4) = sum;
+    *(float *)at(job[SCALES], k * 4) = largest / 127.0f;
+    if (job[WANTED] & QUANTS_IN_ORDER) memcpy(at(job[QUANTS], k * GROUP), quants, GROUP);
+    if (job[WANTED] & QUANTS_AS_NIBBLES) evens_first(quants, at(job[QUANTS], (nibbles + k) * GROUP));
 }
 
-// Groups of 16 that a padded row of activations has.
-INLINE int64_t groups_of(words job) { return (job[WIDTH] + PADDING - 1) / PADDING * (PADDING / GROUP); }
-
-// Copy one token's inputs to a zero-padded row and, if int8 is wanted, quantise it.
+// Prepare the activations of TOGETHER tokens: zero-padded rows of float32, quantised groups, or both, as is wanted.
 // quants: (2, groups, n, 16), in their order, then evens first; scales, sums: (groups, n)
 KERNEL(pack_activations) {
     UNUSED;
     words job = at(address, 0);
     int64_t n = job[N], width = job[WIDTH], groups = groups_of(job);
-    float *padded = at(job[PADDED], unit * job[PADDED_STRIDE]);
-    memcpy(padded, at(job[X], unit * job[X_STRIDE]), width * 4);
-    memset(padded + width, 0, (groups * GROUP - width) * 4);
-    if (!job[INT8]) return 0;
-    int8_t *quants = at(job[QUANTS], unit * GROUP), *others = quants + groups * n * GROUP;
-    int32_t *sums = at(job[SUMS], unit * 4);
-    float *scales = at(job[SCALES], unit * 4);
+    int64_t first = unit * TOGETHER, stop = min_of(first + TOGETHER, n);
     for (int64_t g = 0; g < groups; g++)
-        quantize_group(padded + g * GROUP, quants + g * n * GROUP, others + g * n * GROUP, sums + g * n, scales + g * n);
+        for (int64_t token = first; token < stop; token++) {
+            const float *x = at(job[X], token * job[X_STRIDE] + g * GROUP * 4);
+            float filled[GROUP] = {0};
+            if ((g + 1) * GROUP > width) x = memcpy(filled, x, max_of(0, width - g * GROUP) * 4);
+            if (job[WANTED] & FLOATS) memcpy(at(job[PADDED], token * job[PADDED_STRIDE] + g * GROUP * 4), x, GROUP * 4);
+            if (job[WANTED] & ~FLOATS) quantize_group(job, x, g * n + token, groups * n);
+        }
     return 0;
 }
 
@@ -80,9 +85,6 @@ INLINE words matrix_of(words job, int64_t unit) {
 INLINE void ask_for(const uint8_t *bytes, int64_t count) {
     UNROLL for (int64_t i = 0; i < count; i += 64) __builtin_prefetch(bytes + i);
 }
-
-INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
-INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 
 INLINE int64_t first_row(words matrix, int64_t unit) { return (unit - matrix[FIRST]) * UNIT_ROWS; }
 INLINE int64_t last_row(words matrix, int64_t unit) {

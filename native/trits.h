@@ -4,12 +4,10 @@
 // decoded once, as many rows at a time as a register has lanes, and used for all tokens, with int8 activations in
 // exact integer sums, or with float32 ones. No byte leads a read astray: lookups take their index modulo 32.
 #pragma once
-#include "jobs.h"
+#include "panel.h"
 
-enum { ROWS = 16, TOKENS = 256 };  // rows of a strip; tokens that share one decoding of the weights
+enum { ROWS = 16 };                // of a strip
 enum { AHEAD = 8192 };             // bytes between what is read and what is asked for
-
-typedef float sums[TOKENS][ROWS];
 
 #define SUPERBLOCK(depth) (256 * (depth) + 48)
 
@@ -72,42 +70,58 @@ INLINE void decode_units(const uint8_t *codes, const float *table, vf unit[GROUP
     unit[4] = v_lookup(table, h1 + third * 9);
 }
 
-// Add the products of a decoded superblock and one token, whose groups of activations are n apart, to its sums.
-INLINE vf add_int8(int depth, vu q[4][GROUPS], const vf unit[GROUPS], words job, int64_t n, int64_t first, vf total) {
-    int32_t offset = depth == 1 ? -1 : depth == 2 ? -4 : depth == 3 ? -13 : -40;  // levels are stored unsigned
-    vf sum = {0};
-    UNROLL for (int g = 0; g < GROUPS; g++) {
-        int64_t group = first + g * n;
-        const int8_t *x = at(job[QUANTS], group * GROUP);
-        vi exact = v_splat_i32(*(const int32_t *)at(job[SUMS], group * 4) * offset);
-        UNROLL for (int j = 0; j < 4; j++) exact = v_dot4(exact, q[j][g], v_splat_quad(x + j * 4));
-        vf scaled = v_to_f32(exact) * *(const float *)at(job[SCALES], group * 4);
-        sum = g ? v_fma(scaled, unit[g], sum) : scaled * unit[g];
+// LANES rows of a superblock, from the row `part` of its strip on: sixteen inputs of each group.
+INLINE void decode_part(int depth, const uint8_t *block, const float *table, int part, vu q[GROUPS][4], vf unit[GROUPS]) {
+    UNROLL for (int j = 0; j < 4; j++) {
+        vu levels[GROUPS];
+        decode(depth, block + j * 64 * depth + part * 4, levels);
+        UNROLL for (int g = 0; g < GROUPS; g++) q[g][j] = levels[g];
     }
-    return total + sum;
+    decode_units(block + 256 * depth + part, table, unit);
 }
 
-// total = 16 rows times the int8 activations of tokens first .. first + count - 1.
-INLINE void strip_int8(int depth, words job, const uint8_t *data, const float *table, int64_t first, int count, sums total) {
-    int64_t n = job[N], blocks = (job[WIDTH] + BLOCK - 1) / BLOCK;
+// Levels are stored unsigned: -L times the sum of the inputs is added again.
+INLINE int32_t offset_of(int depth) { return depth == 1 ? -1 : depth == 2 ? -4 : depth == 3 ? -13 : -40; }
+
+// total = 16 rows times the int8 activations of a single token.
+INLINE void strip_int8(int depth, words job, const uint8_t *data, const float *table, float total[ROWS]) {
+    int64_t blocks = (job[WIDTH] + BLOCK - 1) / BLOCK;
     for (int part = 0; part < ROWS; part += LANES) {
         const uint8_t *block = data;
-        vf alone = {0};
-        for (int i = 0; i < count; i++) v_store(&total[i][part], alone);
+        vf sum = {0};
         for (int64_t k = 0; k < blocks; k++, block += SUPERBLOCK(depth)) {
-            vu q[4][GROUPS];
+            vu q[GROUPS][4];
             vf unit[GROUPS];
-            UNROLL for (int j = 0; j < 4; j++) decode(depth, block + j * 64 * depth + part * 4, q[j]);
-            decode_units(block + 256 * depth + part, table, unit);
-            if (n == 1) {  // its sums stay in registers
-                if (part == 0) ask_for(block + AHEAD, SUPERBLOCK(depth));
-                alone = add_int8(depth, q, unit, job, 1, k * GROUPS, alone);
-            } else {
-                for (int i = 0; i < count; i++)
-                    v_store(&total[i][part], add_int8(depth, q, unit, job, n, k * GROUPS * n + first + i, v_load(&total[i][part])));
+            if (part == 0) ask_for(block + AHEAD, SUPERBLOCK(depth));
+            decode_part(depth, block, table, part, q, unit);
+            UNROLL for (int g = 0; g < GROUPS; g++) {
+                int64_t group = k * GROUPS + g;
+                sum = add_group(1, q[g], unit[g], offset_of(depth), quants_of(job, 0, group), sum_of(job, group),
+                                scale_of_group(job, group), sum);
             }
         }
-        if (n == 1) v_store(&total[0][part], alone);
+        v_store(total + part, sum);
+    }
+}
+
+// total = the strips of a unit times the int8 activations of the tokens of a span.
+INLINE void panels_int8(int depth, words job, const uint8_t *data, int strips, const float *table, span tokens, unit_sums total) {
+    int64_t blocks = (job[WIDTH] + BLOCK - 1) / BLOCK;
+    panel panels[GROUPS];
+    memset(panels, 0, sizeof panels);
+    memset(total, 0, tokens.count * sizeof total[0]);
+    for (int64_t k = 0; k < blocks; k++) {
+        for (int c = 0; c < strips * PARTS; c++) {
+            vu q[GROUPS][4];
+            vf unit[GROUPS];
+            decode_part(depth, data + (c / PARTS * blocks + k) * SUPERBLOCK(depth), table, c % PARTS * LANES, q, unit);
+            UNROLL for (int g = 0; g < GROUPS; g++) {
+                UNROLL for (int j = 0; j < 4; j++) panels[g].q[c][j] = q[g][j];
+                panels[g].unit[c] = unit[g];
+            }
+        }
+        for (int g = 0; g < GROUPS; g++)
+            add_panel(1, &panels[g], offset_of(depth), job, 0, k * GROUPS + g, tokens, strips * PARTS, total);
     }
 }
 
@@ -130,50 +144,51 @@ INLINE void expand(int depth, const uint8_t *data, const float *table, int round
 }
 
 // Add 80 products to the sums of `count` tokens; x: their inputs, `stride` bytes apart.
-INLINE void add_block(const vf weights[BLOCK], const float *x, int64_t stride, int count, int part, float (*total)[ROWS]) {
+INLINE void add_block(const vf weights[BLOCK], const float *x, int64_t stride, int count, int row, float (*total)[UNIT_ROWS]) {
     vf sum[4];
-    UNROLL for (int i = 0; i < count; i++) sum[i] = v_load(&total[i][part]);
+    UNROLL for (int i = 0; i < count; i++) sum[i] = v_load(&total[i][row]);
     for (int k = 0; k < BLOCK; k++)
         UNROLL for (int i = 0; i < count; i++)
             sum[i] = v_fma(weights[k], v_splat(*(const float *)((const char *)(x + k) + i * stride)), sum[i]);
-    UNROLL for (int i = 0; i < count; i++) v_store(&total[i][part], sum[i]);
+    UNROLL for (int i = 0; i < count; i++) v_store(&total[i][row], sum[i]);
 }
 
-// total = 16 rows times the float32 activations of tokens first .. first + count - 1.
-INLINE void strip_f32(int depth, words job, words matrix, const uint8_t *data, int64_t first, int count, sums total) {
+// total = 16 rows, the unit's from `row` on, times the float32 activations of the tokens of a span.
+INLINE void strip_f32(int depth, words job, words matrix, const uint8_t *data, span tokens, int row, unit_sums total) {
     int64_t stride = job[PADDED_STRIDE], blocks = (job[WIDTH] + BLOCK - 1) / BLOCK;
-    memset(total, 0, count * sizeof total[0]);
+    for (int i = 0; i < tokens.count; i++) memset(&total[i][row], 0, ROWS * 4);
     for (int64_t block = 0; block < blocks; block++, data += SUPERBLOCK(depth))
         for (int part = 0; part < ROWS; part += LANES) {
             vf weights[BLOCK];
             expand(depth, data, at(matrix[TABLE], 0), (int)matrix[ROUND], part, weights);
-            const float *x = at(job[PADDED], first * stride + block * BLOCK * 4);
+            const float *x = at(job[PADDED], tokens.first * stride + block * BLOCK * 4);
             int i = 0;
-            for (; i + 4 <= count; i += 4) add_block(weights, at((intptr_t)x, i * stride), stride, 4, part, total + i);
-            for (; i < count; i++) add_block(weights, at((intptr_t)x, i * stride), stride, 1, part, total + i);
+            for (; i + 4 <= tokens.count; i += 4) add_block(weights, at((intptr_t)x, i * stride), stride, 4, row + part, total + i);
+            for (; i < tokens.count; i++) add_block(weights, at((intptr_t)x, i * stride), stride, 1, row + part, total + i);
         }
 }
 
 // One pool unit of trit matrices. Inlined into its kernel, so that depth and int8 are constants there.
 INLINE void trit_unit(int depth, int int8, words job, int64_t unit) {
     words matrix = matrix_of(job, unit);
-    int64_t stop = last_row(matrix, unit), blocks = (job[WIDTH] + BLOCK - 1) / BLOCK;
-    _Alignas(64) sums total;
-    for (int64_t row = first_row(matrix, unit); row < stop; row += ROWS) {
-        const uint8_t *data = at(matrix[DATA], row / ROWS * blocks * SUPERBLOCK(depth));
-        for (int64_t first = 0; first < job[N]; first += TOKENS) {
-            int count = (int)min_of(TOKENS, job[N] - first);
-            if (int8)
-                strip_int8(depth, job, data, at(matrix[TABLE], 0), first, count, total);
-            else
-                strip_f32(depth, job, matrix, data, first, count, total);
-            for (int i = 0; i < count; i++) {
-                if (row + ROWS <= stop)
-                    for (int r = 0; r < ROWS; r += LANES) emit_rows(job, matrix, first + i, row + r, v_load(&total[i][r]));
+    const float *table = at(matrix[TABLE], 0);
+    int64_t start = first_row(matrix, unit), stop = last_row(matrix, unit), blocks = (job[WIDTH] + BLOCK - 1) / BLOCK;
+    int strips = (int)((stop - start + ROWS - 1) / ROWS);
+    const uint8_t *data = at(matrix[DATA], start / ROWS * blocks * SUPERBLOCK(depth));
+    _Alignas(64) unit_sums total;
+    for (span tokens = {0, 0}; tokens.first < job[N]; tokens.first += AT_ONCE) {
+        tokens.count = (int)min_of(AT_ONCE, job[N] - tokens.first);
+        if (int8 && job[N] > 1)
+            panels_int8(depth, job, data, strips, table, tokens, total);
+        else
+            for (int s = 0; s < strips; s++) {
+                const uint8_t *strip = data + s * blocks * SUPERBLOCK(depth);
+                if (int8)
+                    strip_int8(depth, job, strip, table, &total[0][s * ROWS]);
                 else
-                    for (int r = 0; row + r < stop; r++) emit(job, matrix, first + i, row + r, total[i][r]);
+                    strip_f32(depth, job, matrix, strip, tokens, s * ROWS, total);
             }
-        }
+        emit_panel(job, matrix, start, stop, tokens, total);
     }
 }
 

@@ -58,6 +58,19 @@ INLINE vu v_splat_quad(const int8_t *p) { int32_t x; memcpy(&x, p, sizeof x); re
 
 INLINE vf v_to_f32(vi x) { return __builtin_convertvector(x, vf); }
 
+// 16 bytes, of each eight those of even number first: the order in which bytes hold pairs of nibbles.
+INLINE void evens_first(const int8_t *from, int8_t *to) {
+    typedef int8_t v16b __attribute__((vector_size(16)));
+    v16b x;
+    memcpy(&x, from, sizeof x);
+#if defined(__clang__) || __GNUC__ >= 12
+    x = __builtin_shufflevector(x, x, 0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
+#else
+    x = __builtin_shuffle(x, (v16b){0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15});
+#endif
+    memcpy(to, &x, sizeof x);
+}
+
 // Nearest integers, halves to even, of numbers below 2^22 in magnitude: at 1.5 * 2^23 a float's last bit counts ones.
 INLINE vi v_round(vf x) { return (vi)(x + 12582912.0f) - 0x4B400000; }
 

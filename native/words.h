@@ -2,16 +2,17 @@
 // The same as runtime/kernels/words.py, which a test holds this file to.
 #pragma once
 
-enum { UNIT_ROWS = 64 };  // rows of a matrix that a pool unit computes
+enum { UNIT_ROWS = 64, TOGETHER = 16 };  // rows of a matrix that a pool unit computes; tokens that one prepares
 
 // A matrix product: these, then MATRIX words for each matrix.
-enum { N, WIDTH, X, X_STRIDE, PADDED, PADDED_STRIDE, QUANTS, SUMS, SCALES, INT8, ADD, MATRICES, HEAD };
+enum { N, WIDTH, X, X_STRIDE, PADDED, PADDED_STRIDE, QUANTS, SUMS, SCALES, WANTED, ADD, MATRICES, HEAD };
+// The forms of activations that a job reads, as bits of WANTED.
+enum { FLOATS = 1, QUANTS_IN_ORDER = 2, QUANTS_AS_NIBBLES = 4 };
 enum { FIRST, OUT, OUT_STRIDE, OUTPUTS, DATA, TABLE, AUX, AUX2, AUX3, BLOCK_SHIFT, BIAS, ROUND, MATRIX };
 
-// The table of an NF4 matrix: sixteen levels as float32, then as integers, whose bits above the lowest LEVEL_BITS, the
-// others, and unit come at these byte offsets. LEVEL_MIDDLE << LEVEL_BITS has been added to make them unsigned.
-enum { TABLE_HIGH = 64, TABLE_LOW = 80, TABLE_UNIT = 96 };
-enum { LEVEL_BITS = 7, LEVEL_MIDDLE = 64 };
+// The table of an NF4 matrix: sixteen levels as float32, then at these byte offsets as int8, four times, and what one of
+// those is worth.
+enum { TABLE_LEVELS = 64, TABLE_STEP = 128 };
 
 // RMSNorm and SwiGLU; NORM_EPS holds a float32.
 enum { NORM_X, NORM_GAIN, NORM_OUT, NORM_DIM, NORM_EPS, NORM_WORDS };

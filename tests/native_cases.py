@@ -122,8 +122,8 @@ def add_product(
             x = steps.transpose(1, 0, 2).reshape(n, -1)[:, : shape[1]]
         exact = dict(parts)
         if kernel.startswith("nf4") and kernel.endswith("int8"):
-            codes, unit = level_codes(parts["levels"])
-            exact["levels"] = codes.astype(np.float32) * unit
+            codes, step = level_codes(parts["levels"])
+            exact["levels"] = codes * step
         values = CODECS[codec].dequantize(exact, shape, params).astype(np.float64)
         expected = x @ values.T + bias
         limit = 3e-6 * (np.abs(x) @ np.abs(values).T + np.abs(bias))
@@ -144,11 +144,11 @@ def add_layers(cases: Cases, n: int, dim: int, rng: np.random.Generator) -> None
     cases.add("rmsnorm", n, norm, w.NORM_OUT, expected, 1e-5)
     gate = {w.GLU_GATE: x * 9, w.GLU_UP: up, w.GLU_DIM: dim}
     cases.add("swiglu", n, gate, w.GLU_GATE, x * 9 / (1 + np.exp(-9 * x.astype(np.float64))) * up, 1e-4)
-    words = packed(x) | {w.X: x, w.X_STRIDE: dim * 4, w.INT8: 1}
+    words = packed(x) | {w.X: x, w.X_STRIDE: dim * 4, w.WANTED: w.FLOATS | w.QUANTS_IN_ORDER | w.QUANTS_AS_NIBBLES}
     blank = {place: np.zeros_like(words[place]) for place in (w.PADDED, w.QUANTS, w.SUMS, w.SCALES)}
     blank[w.PADDED] += np.float32(7)
     for place in (w.PADDED, w.SCALES):
-        cases.add("pack_activations", n, words | blank, place, words[place], 1e-6)
+        cases.add("pack_activations", -(-n // w.TOGETHER), words | blank, place, words[place], 1e-6)
 
 
 def all_cases() -> Cases:

@@ -106,8 +106,11 @@ class CompiledLinear:
         if any(t.shape[1] != self._width for t in tensors):
             raise ValueError(f"matrices of different widths cannot share activations: {[t.name for t in tensors]}")
         by_task: dict[int, list[int]] = {}
+        self._wanted = 0
         for i, tensor in enumerate(tensors):
-            by_task.setdefault(kernels.resolve(*_task(tensor, kernels.int8)), []).append(i)
+            module, kernel = _task(tensor, kernels.int8)
+            by_task.setdefault(kernels.resolve(module, kernel), []).append(i)
+            self._wanted |= _wanted(kernel)
         self._jobs = [
             (_Job(task, [tensors[i] for i in which], [biases[i] for i in which]), which)
             for task, which in by_task.items()
@@ -121,11 +124,11 @@ class CompiledLinear:
             words = job.words
             words[w.N], words[w.X], words[w.X_STRIDE] = n, _address(x), x.strides[0]
             words[w.PADDED : w.SCALES + 1] = space.words
-            words[w.INT8], words[w.ADD] = self._int8, add
+            words[w.WANTED], words[w.ADD] = self._wanted, add
             for matrix, k in zip(job.matrices, which, strict=True):
                 matrix[w.OUT] = _address(outs[k])
             if i == 0:
-                pool.run(self._kernels.pack_task, words, n, x, space.arrays)
+                pool.run(self._kernels.pack_task, words, -(-n // w.TOGETHER), x, space.arrays)
             pool.run(job.task, words, job.units, job, outs, space.arrays)
         if self._exceptions:
             pool.call(partial(self._add_exceptions, x, outs))
@@ -154,14 +157,19 @@ def _task(tensor: Tensor, int8: bool) -> tuple[str, str]:
     return ("numba_int8", f"{name}_int8") if int8 and takes_int8(tensor) else ("numba_dense", name)
 
 
+def _wanted(kernel: str) -> int:
+    """The form of activations that a kernel reads."""
+    if not kernel.endswith("_int8"):
+        return w.FLOATS
+    return w.QUANTS_AS_NIBBLES if kernel.startswith("nf4") else w.QUANTS_IN_ORDER
+
+
 def nf4_table(levels: np.ndarray) -> np.ndarray:
-    """What kernels look NF4 levels up in (words.TABLE_HIGH). levels: (16,) float32"""
-    table = _aligned((_TABLE,), np.float32)
-    codes, unit = level_codes(levels)
-    codes += w.LEVEL_MIDDLE << w.LEVEL_BITS
-    table[:16], table[w.TABLE_UNIT // 4] = levels, unit
-    table.view(np.uint8)[w.TABLE_HIGH : w.TABLE_HIGH + 16] = codes >> w.LEVEL_BITS
-    table.view(np.uint8)[w.TABLE_LOW : w.TABLE_LOW + 16] = codes & (1 << w.LEVEL_BITS) - 1
+    """What kernels look NF4 levels up in (words.TABLE_LEVELS). levels: (16,) float32"""
+    table = _aligned((w.TABLE_STEP // 4 + 1,), np.float32)
+    codes, step = level_codes(levels)
+    table[:16], table[w.TABLE_STEP // 4] = levels, step
+    table.view(np.int8)[w.TABLE_LEVELS : w.TABLE_STEP] = np.tile(codes, 4)
     return table
 
 

@@ -1,8 +1,8 @@
 """What all matrix products share: the job's words, the activations they read, and the outputs they write.
 
-Activations are copied once per product to zero-padded rows and, if int8 is wanted, quantised in groups of 16. Pool
-units count through all matrices of a job, 64 rows each. Every output is one sum over the inputs in one fixed order,
-whatever the number of tokens or threads.
+Activations are prepared once per product: as zero-padded rows, quantised in groups of 16, or both. Pool units count
+through all matrices of a job, 64 rows each. Every output is one sum over the inputs in one fixed order, whatever the
+number of tokens or threads.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from .words import (
     ADD,
     BIAS,
     FIRST,
+    FLOATS,
     HEAD,
-    INT8,
     MATRICES,
     MATRIX,
     OUT,
@@ -28,9 +28,13 @@ from .words import (
     PADDED,
     PADDED_STRIDE,
     QUANTS,
+    QUANTS_AS_NIBBLES,
+    QUANTS_IN_ORDER,
     SCALES,
     SUMS,
+    TOGETHER,
     UNIT_ROWS,
+    WANTED,
     WIDTH,
     X_STRIDE,
     N,
@@ -47,33 +51,46 @@ def groups_of(job):
     return (word(job, WIDTH) + PADDING - 1) // PADDING * (PADDING // GROUP)
 
 
-def pack_activations(job, token):
-    """Copy one token's inputs to a zero-padded row and, if int8 is wanted, quantise it in groups of 16.
+@njit(forceinline=True)
+def _inputs(job, token, group):
+    """16 inputs of a token, zero beyond its width."""
+    width, first = word(job, WIDTH), group * GROUP
+    source = word(job, X) + token * word(job, X_STRIDE) + first * 4
+    if first + GROUP <= width:
+        return load_f32(source, 0)
+    some = simd.scratch_64()
+    for i in range(GROUP):
+        simd.write_f32(some, i * 4, read_f32(source, i * 4) if first + i < width else np.float32(0.0))
+    return load_f32(some, 0)
+
+
+@njit(forceinline=True)
+def _quantize(job, x, at, nibbles):
+    """Put 16 inputs as int8 with one scale, and their sum, at place number `at` of the job's arrays."""
+    largest = simd.largest_magnitude(simd.absolute(x))
+    inverse = np.float32(127.0) / largest if largest > np.float32(0.0) else np.float32(0.0)
+    q = simd.round_to_i32(x * inverse)
+    if word(job, WANTED) & QUANTS_IN_ORDER:
+        simd.store_i32_as_i8(word(job, QUANTS), at * GROUP, q)
+    if word(job, WANTED) & QUANTS_AS_NIBBLES:
+        simd.store_i32_as_i8(word(job, QUANTS), (nibbles + at) * GROUP, simd.evens_first(q))
+    simd.write_i32(word(job, SUMS), at * 4, simd.sum_lanes_i32(q))
+    simd.write_f32(word(job, SCALES), at * 4, largest / np.float32(127.0))
+
+
+def pack_activations(job, unit):
+    """Prepare 16 tokens: zero-padded rows of float32, quantised groups, or both, as is wanted.
 
     quants: (2, groups, n, 16) int8, in their order, then each eight as `evens_first` orders it
     scales: (groups, n) float32; sums: (groups, n) int32"""
-    n, width, groups = word(job, N), word(job, WIDTH), groups_of(job)
-    source = word(job, X) + token * word(job, X_STRIDE)
-    padded = word(job, PADDED) + token * word(job, PADDED_STRIDE)
-    whole = width // GROUP * GROUP
-    for i in range(0, whole, GROUP):
-        store_f32(padded, i * 4, load_f32(source, i * 4))
-    for i in range(whole, groups * GROUP):
-        simd.write_f32(padded, i * 4, read_f32(source, i * 4) if i < width else np.float32(0.0))
-    if word(job, INT8) == 0:
-        return
-    quants, sums, scales = word(job, QUANTS), word(job, SUMS), word(job, SCALES)
-    other = quants + groups * n * GROUP
+    n, groups, wanted, first = word(job, N), groups_of(job), word(job, WANTED), unit * TOGETHER
     for g in range(groups):
-        at = g * n + token
-        x = load_f32(padded, g * GROUP * 4)
-        largest = simd.largest_magnitude(simd.absolute(x))
-        inverse = np.float32(127.0) / largest if largest > np.float32(0.0) else np.float32(0.0)
-        q = simd.round_to_i32(x * inverse)
-        simd.store_i32_as_i8(quants, at * GROUP, q)
-        simd.store_i32_as_i8(other, at * GROUP, simd.evens_first(q))
-        simd.write_i32(sums, at * 4, simd.sum_lanes_i32(q))
-        simd.write_f32(scales, at * 4, largest / np.float32(127.0))
+        for token in range(first, min(first + TOGETHER, n)):
+            x = _inputs(job, token, g)
+            if wanted & FLOATS:
+                store_f32(word(job, PADDED) + token * word(job, PADDED_STRIDE), g * GROUP * 4, x)
+            if wanted & ~FLOATS:
+                _quantize(job, x, g * n + token, groups * n)
 
 
 @njit(forceinline=True)

@@ -10,17 +10,15 @@ import numpy as np
 from numba import njit
 
 from . import simd
-from .base import GROUP
-from .numba_jobs import BLOCK, emit, emit_rows, matrix_of, rows_of
+from .numba_jobs import BLOCK, matrix_of, rows_of
 from .numba_math import word
-from .simd import fma, load_f32, read_f32, read_i32, splat_f32, splat_i32, splat_quad, store_f32, to_f32
+from .numba_panel import AT_ONCE, PANELS, add_group, add_panel, clear, emit_panel, inputs_of, store_column
+from .simd import fma, load_f32, read_f32, splat_f32, store_f32, to_f32
 from .simd_tiles import prefetch
-from .words import DATA, PADDED, PADDED_STRIDE, QUANTS, ROUND, SCALES, SUMS, TABLE, WIDTH, N
+from .words import DATA, PADDED, PADDED_STRIDE, QUANTS, ROUND, TABLE, UNIT_ROWS, WIDTH, N
 
-ROWS = 16
-TOKENS = 256  # tokens that share one decoding of the weights
+ROWS = 16  # of a strip
 AHEAD = 8192  # bytes between what is read and what is asked for: the hardware alone does not look far enough
-SCRATCH_WEIGHTS = TOKENS * 64  # byte offset, in the scratch memory, of a superblock expanded to float32
 
 
 @njit(forceinline=True)
@@ -84,61 +82,59 @@ def _units(data, at, table):
 
 
 @njit(forceinline=True)
-def _group_int8(q, quants, sums, scales, at, offset):
-    """The exact integer product of 16 inputs x 16 rows, times the scale of the inputs.
-
-    at: number of the activations' group; offset: what to multiply the sum of the inputs with and add"""
-    x = quants + at * GROUP
-    total = simd.dot4(splat_i32(read_i32(sums, at * 4) * offset), q[0], splat_quad(x, 0))
-    total = simd.dot4(total, q[1], splat_quad(x, 4))
-    total = simd.dot4(total, q[2], splat_quad(x, 8))
-    total = simd.dot4(total, q[3], splat_quad(x, 12))
-    return to_f32(total) * splat_f32(read_f32(scales, at * 4))
+def _superblock(depth, here, table):
+    """A superblock as four vectors of levels and one of units for each of its groups."""
+    a0, b0, c0, d0, e0 = _decode(depth, here, 0)
+    a1, b1, c1, d1, e1 = _decode(depth, here, 64 * depth)
+    a2, b2, c2, d2, e2 = _decode(depth, here, 128 * depth)
+    a3, b3, c3, d3, e3 = _decode(depth, here, 192 * depth)
+    q = (a0, a1, a2, a3), (b0, b1, b2, b3), (c0, c1, c2, c3), (d0, d1, d2, d3), (e0, e1, e2, e3)
+    return q, _units(here, 256 * depth, table)
 
 
 @njit(forceinline=True)
-def _add_int8(q, units, quants, sums, scales, at, step, offset, total):
-    """total + a decoded superblock times one token's activations.
-
-    q: four vectors for each of five groups; at: number of the first group of activations; step: to the next"""
-    a, b, c, d, e = q
-    b_at, c_at, d_at, e_at = at + step, at + 2 * step, at + 3 * step, at + 4 * step
-    acc = _group_int8(a, quants, sums, scales, at, offset) * units[0]
-    acc = fma(_group_int8(b, quants, sums, scales, b_at, offset), units[1], acc)
-    acc = fma(_group_int8(c, quants, sums, scales, c_at, offset), units[2], acc)
-    acc = fma(_group_int8(d, quants, sums, scales, d_at, offset), units[3], acc)
-    return total + fma(_group_int8(e, quants, sums, scales, e_at, offset), units[4], acc)
+def _offset(depth):
+    """Levels are stored unsigned: this times the sum of the inputs is added again."""
+    return np.int32(-((3**depth - 1) // 2))
 
 
 @njit(forceinline=True)
-def _strip_int8(depth, single, data, blocks, table, job, first, count, scratch):
-    """scratch[token] = 16 rows times the int8 activations of tokens first .. first + count - 1.
+def _one_group(job, q, unit, group, offset, total):
+    start, x, scale = inputs_of(job, word(job, QUANTS), group, offset)
+    return add_group(True, q, unit, start, x, scale, total)
 
-    single: there is one token, whose sums stay in registers"""
-    n, quants, sums, scales = word(job, N), word(job, QUANTS), word(job, SUMS), word(job, SCALES)
-    offset = np.int32(-((3**depth - 1) // 2))  # levels are stored unsigned: take L * (sum of the inputs) away again
-    total = splat_f32(np.float32(0.0))
-    for i in range(count):
-        store_f32(scratch, i * 64, total)
+
+@njit(forceinline=True)
+def _strip_int8(depth, data, blocks, table, job, out):
+    """out = 16 rows times the int8 activations of a single token."""
+    total, offset = splat_f32(np.float32(0.0)), _offset(depth)
     for block in range(blocks):
         here = data + block * (256 * depth + 48)
-        if single:
-            for line in range(0, 256 * depth + 48, 64):
-                prefetch(here + line, AHEAD)
-        a0, b0, c0, d0, e0 = _decode(depth, here, 0)
-        a1, b1, c1, d1, e1 = _decode(depth, here, 64 * depth)
-        a2, b2, c2, d2, e2 = _decode(depth, here, 128 * depth)
-        a3, b3, c3, d3, e3 = _decode(depth, here, 192 * depth)
-        q = (a0, a1, a2, a3), (b0, b1, b2, b3), (c0, c1, c2, c3), (d0, d1, d2, d3), (e0, e1, e2, e3)
-        units = _units(here, 256 * depth, table)
-        if single:
-            total = _add_int8(q, units, quants, sums, scales, block * 5, 1, offset, total)
-        else:
-            for i in range(count):
-                at, before = block * 5 * n + first + i, load_f32(scratch, i * 64)
-                store_f32(scratch, i * 64, _add_int8(q, units, quants, sums, scales, at, n, offset, before))
-    if single:
-        store_f32(scratch, 0, total)
+        for line in range(0, 256 * depth + 48, 64):
+            prefetch(here + line, AHEAD)
+        q, units = _superblock(depth, here, table)
+        total = _one_group(job, q[0], units[0], block * 5, offset, total)
+        total = _one_group(job, q[1], units[1], block * 5 + 1, offset, total)
+        total = _one_group(job, q[2], units[2], block * 5 + 2, offset, total)
+        total = _one_group(job, q[3], units[3], block * 5 + 3, offset, total)
+        total = _one_group(job, q[4], units[4], block * 5 + 4, offset, total)
+    store_f32(out, 0, total)
+
+
+@njit(forceinline=True)
+def _panels_int8(depth, data, blocks, strips, table, job, first, count, scratch):
+    """The sums of a unit's strips times the int8 activations of tokens first .. first + count - 1."""
+    clear(scratch, count)
+    for block in range(blocks):
+        for strip in range(strips):
+            q, units = _superblock(depth, data + (strip * blocks + block) * (256 * depth + 48), table)
+            store_column(scratch, 0, strip, q[0], units[0])
+            store_column(scratch, 1, strip, q[1], units[1])
+            store_column(scratch, 2, strip, q[2], units[2])
+            store_column(scratch, 3, strip, q[3], units[3])
+            store_column(scratch, 4, strip, q[4], units[4])
+        for g in range(5):
+            add_panel(True, job, word(job, QUANTS), block * 5 + g, _offset(depth), first, count, scratch, g)
 
 
 @njit(forceinline=True)
@@ -155,10 +151,11 @@ def _expand(q, top, unit, rounding, out):
 
 
 @njit(forceinline=True)
-def _strip_f32(depth, data, blocks, table, rounding, job, first, count, scratch):
-    """scratch[token] = 16 rows times the float32 activations of tokens first .. first + count - 1."""
+def _strip_f32(depth, data, blocks, table, rounding, job, first, count, weights, out):
+    """out[token] = 16 rows times the float32 activations of tokens first .. first + count - 1.
+
+    weights: the address of memory for a superblock expanded to float32; out: rows of UNIT_ROWS numbers"""
     padded, stride = word(job, PADDED), word(job, PADDED_STRIDE)
-    weights = scratch + SCRATCH_WEIGHTS
     top = (3**depth - 1) // 2
     for block in range(blocks):
         here = data + block * (256 * depth + 48)
@@ -172,10 +169,10 @@ def _strip_f32(depth, data, blocks, table, rounding, job, first, count, scratch)
             _expand(e, top, ue, rounding, weights + quad * 256 + 4096)
         for i in range(count):
             x = padded + (first + i) * stride + block * BLOCK * 4
-            acc = load_f32(scratch, i * 64) if block else splat_f32(np.float32(0.0))
+            acc = load_f32(out, i * UNIT_ROWS * 4) if block else splat_f32(np.float32(0.0))
             for k in range(BLOCK):
                 acc = fma(load_f32(weights, k * 64), splat_f32(read_f32(x, k * 4)), acc)
-            store_f32(scratch, i * 64, acc)
+            store_f32(out, i * UNIT_ROWS * 4, acc)
 
 
 @njit(forceinline=True)
@@ -183,25 +180,22 @@ def _trit_unit(depth, int8, job, unit):
     """One pool unit of trit matrices. Inlined into its task, so that depth and int8 are constants there."""
     matrix = matrix_of(job, unit)
     start, stop = rows_of(matrix, unit)
-    table, data, rounding = word(matrix, TABLE), word(matrix, DATA), word(matrix, ROUND)
-    blocks = (word(job, WIDTH) + BLOCK - 1) // BLOCK
-    scratch = simd.scratch_32k()
-    for row in range(start, stop, ROWS):
-        strip = data + row // ROWS * blocks * (256 * depth + 48)
-        for first in range(0, word(job, N), TOKENS):
-            count = min(TOKENS, word(job, N) - first)
-            if int8 and word(job, N) == 1:
-                _strip_int8(depth, True, strip, blocks, table, job, 0, 1, scratch)
-            elif int8:
-                _strip_int8(depth, False, strip, blocks, table, job, first, count, scratch)
-            else:
-                _strip_f32(depth, strip, blocks, table, rounding, job, first, count, scratch)
-            for i in range(count):
-                if row + ROWS <= stop:
-                    emit_rows(job, matrix, first + i, row, load_f32(scratch, i * 64))
+    table, rounding, n = word(matrix, TABLE), word(matrix, ROUND), word(job, N)
+    blocks, strips = (word(job, WIDTH) + BLOCK - 1) // BLOCK, (stop - start + ROWS - 1) // ROWS
+    data, strip_bytes = word(matrix, DATA) + start // ROWS * blocks * (256 * depth + 48), blocks * (256 * depth + 48)
+    scratch = simd.scratch_160k()
+    for first in range(0, n, AT_ONCE):
+        count = min(AT_ONCE, n - first)
+        if int8 and n > 1:
+            _panels_int8(depth, data, blocks, strips, table, job, first, count, scratch)
+        else:
+            for s in range(strips):
+                here, out = data + s * strip_bytes, scratch + s * ROWS * 4
+                if int8:
+                    _strip_int8(depth, here, blocks, table, job, out)
                 else:
-                    for r in range(stop - row):
-                        emit(job, matrix, first + i, row + r, read_f32(scratch, i * 64 + r * 4))
+                    _strip_f32(depth, here, blocks, table, rounding, job, first, count, scratch + PANELS, out)
+        emit_panel(job, matrix, start, stop, first, count, scratch)
 
 
 # ==== Tasks: one for each depth, so that only what a model needs is compiled ====

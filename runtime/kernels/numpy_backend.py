@@ -12,8 +12,6 @@ from formats import Tensor, dequantize
 from ..ring.cache import KVRing
 from .base import GROUP, Decoders, Turns, takes_int8
 
-LEVEL_TOP = 8191
-
 
 def quantize_activations(x: np.ndarray) -> np.ndarray:
     """Round to int8 in groups of 16 with one scale each (largest magnitude / 127), and back.
@@ -31,26 +29,29 @@ def quantize_activations(x: np.ndarray) -> np.ndarray:
 
 
 def level_codes(levels: np.ndarray) -> tuple[np.ndarray, np.float32]:
-    """NF4 levels as integers of 14 bits, which products with int8 activations use: levels = codes * unit.
+    """NF4 levels as the 8-bit integers that products with int8 activations use: levels = codes * step, nearly.
 
-    The largest level is exact; no other is off by more than 2^-14 of it.
+    Of 512 steps the one with the least error is taken: 0.2 % of the largest level, in the mean of all.
     levels: (16,) float32
-    returns: codes (16,) int32 in -8191..8191, unit
+    returns: codes (16,) int8, step
     """
     top = np.abs(levels).max()
     if not 0 < top < np.inf:
-        return np.zeros(len(levels), np.int32), top
-    return np.rint(levels * (np.float32(LEVEL_TOP) / top)).astype(np.int32), top / np.float32(LEVEL_TOP)
+        return np.zeros(len(levels), np.int8), top
+    steps = (top / np.linspace(96, 127, 512)).astype(np.float32)[:, None]
+    codes = np.rint(levels / steps)
+    best = np.square(codes * steps - levels).sum(axis=1).argmin()
+    return codes[best].astype(np.int8), steps[best, 0]
 
 
 def int8_weights(tensor: Tensor) -> np.ndarray:
-    """The weights that a product with int8 activations uses: the file's, NF4 with its levels rounded to 14 bits.
+    """The weights that a product with int8 activations uses: the file's, NF4 with its levels rounded to 8 bits.
 
     returns: (out, in) float32
     """
     if tensor.codec == "nf4":
-        codes, unit = level_codes(tensor.parts["levels"])
-        tensor = replace(tensor, parts={**tensor.parts, "levels": codes.astype(np.float32) * unit})
+        codes, step = level_codes(tensor.parts["levels"])
+        tensor = replace(tensor, parts={**tensor.parts, "levels": codes * step})
     return dequantize(tensor)
 
 

@@ -61,13 +61,20 @@ def address(_typingctx: Any, array: types.Array) -> Any:
     return types.intp(array), codegen
 
 
-@operation(types.intp)
-def scratch_32k(b: ir.IRBuilder) -> ir.Value:
-    """The address of 32768 bytes on the stack, aligned to 64, the same for every call at this place."""
-    with b.goto_entry_block():
-        slot = b.alloca(ir.ArrayType(I8, 32768))
-        slot.align = 64
-    return b.ptrtoint(slot, I64)
+def _scratch(name: str, nbytes: int) -> Any:
+    def emit(b: ir.IRBuilder) -> ir.Value:
+        with b.goto_entry_block():
+            slot = b.alloca(ir.ArrayType(I8, nbytes))
+            slot.align = 64
+        return b.ptrtoint(slot, I64)
+
+    emit.__name__ = name
+    emit.__doc__ = f"The address of {nbytes} bytes on the stack, aligned to 64, the same for every call at this place."
+    return operation(types.intp)(emit)
+
+
+scratch_64, scratch_32k = _scratch("scratch_64", 64), _scratch("scratch_32k", 32768)
+scratch_160k = _scratch("scratch_160k", 163840)
 
 
 @operation(u8x64, types.intp, types.intp)
@@ -133,6 +140,11 @@ def read_i64(b: ir.IRBuilder, base: ir.Value, offset: ir.Value) -> ir.Value:
 
 @operation(types.void, types.intp, types.intp, f32x16)
 def store_f32(b: ir.IRBuilder, base: ir.Value, offset: ir.Value, value: ir.Value) -> None:
+    store(b, base, offset, value)
+
+
+@operation(types.void, types.intp, types.intp, u8x64)
+def store_u8(b: ir.IRBuilder, base: ir.Value, offset: ir.Value, value: ir.Value) -> None:
     store(b, base, offset, value)
 
 

@@ -5,17 +5,18 @@ Kept apart from the kernels so that the backend can fill jobs without importing 
 
 from __future__ import annotations
 
-UNIT_ROWS = 64  # rows of a matrix that a pool unit computes
+UNIT_ROWS, TOGETHER = 64, 16  # rows of a matrix that a pool unit computes; tokens that one prepares
 CACHED, SPAN = 32, 512  # cached tokens that attention takes at a time, and that it sums before it joins sums
 
 # A matrix product (numba_jobs.py): these, then MATRIX words for each matrix.
-N, WIDTH, X, X_STRIDE, PADDED, PADDED_STRIDE, QUANTS, SUMS, SCALES, INT8, ADD, MATRICES, HEAD = range(13)
+N, WIDTH, X, X_STRIDE, PADDED, PADDED_STRIDE, QUANTS, SUMS, SCALES, WANTED, ADD, MATRICES, HEAD = range(13)
+# The forms of activations that a job reads, as bits of WANTED.
+FLOATS, QUANTS_IN_ORDER, QUANTS_AS_NIBBLES = 1, 2, 4
 FIRST, OUT, OUT_STRIDE, OUTPUTS, DATA, TABLE, AUX, AUX2, AUX3, BLOCK_SHIFT, BIAS, ROUND, MATRIX = range(13)
 
-# The table of an NF4 matrix: sixteen levels as float32, then as integers, whose bits above the lowest LEVEL_BITS, the
-# others, and unit come at these byte offsets. LEVEL_MIDDLE << LEVEL_BITS has been added to make them unsigned.
-TABLE_HIGH, TABLE_LOW, TABLE_UNIT = 64, 80, 96
-LEVEL_BITS, LEVEL_MIDDLE = 7, 64
+# The table of an NF4 matrix: sixteen levels as float32, then at these byte offsets as int8, four times, and what one of
+# those is worth.
+TABLE_LEVELS, TABLE_STEP = 64, 128
 
 # RMSNorm and SwiGLU (numba_layers.py); NORM_EPS holds a float32.
 NORM_X, NORM_GAIN, NORM_OUT, NORM_DIM, NORM_EPS, NORM_WORDS = range(6)
