@@ -40,7 +40,7 @@ def open_hf(folder: Path, kv_map: str | os.PathLike[str] | None = None) -> Sourc
     raw = read_json(config_path)
     config = config_from_hf(raw, config_path)
     check_quantization(raw, config_path)
-    mapping = read_kv_map(kv_map) if kv_map else None
+    mapping = read_kv_map(kv_map) if kv_map is not None else None
     if mapping is None and CONFIG_KEY in raw:
         mapping = check_kv_map(raw[CONFIG_KEY], config_path)
     notes: list[str] = []
