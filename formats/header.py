@@ -17,6 +17,7 @@ from .errors import (
     TruncatedFileError,
     UnsupportedError,
     UnsupportedVersionError,
+    shown,
 )
 from .strict_json import parse_json
 
@@ -123,7 +124,7 @@ def _what_it_is(start: bytes) -> str:
     if not found and start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 1 << 32:
         found = "a safetensors file; convert its folder with tools.convert"
     if not found:
-        found = f"a file that begins with {start[:4]!r}, not {MAGIC!r}"
+        found = f"a file that begins with {shown(start[:4])}, not {MAGIC!r}"
     return f"not a .trit file: this is {found}"
 
 
@@ -134,12 +135,12 @@ def check_sections(header: dict[str, Any], path: str) -> None:
     """Raise HeaderError unless known sections are objects, UnsupportedError if a feature is required."""
     for key in SECTIONS:
         if not isinstance(header.get(key, {}), dict):
-            raise HeaderError(path, f"{key!r} is {_kind(header[key])}; expected an object")
+            raise HeaderError(path, f"{shown(key)} is {_kind(header[key])}; expected an object")
     required = header.get("requires", [])
     if not isinstance(required, list):
         raise HeaderError(path, f"'requires' is {_kind(required)}; expected a list")
     if unknown := [feature for feature in required if feature not in FEATURES]:
-        raise UnsupportedError(path, f"it needs feature {unknown[0]!r:.80}; update tritllama")
+        raise UnsupportedError(path, f"it needs feature {shown(unknown[0])}; update tritllama")
     for feature in FEATURES:
         _check_feature(header, feature, path)
 
@@ -148,10 +149,10 @@ def _check_feature(header: dict[str, Any], feature: str, path: str) -> None:
     """A feature has a section of its name, a list; the one is there exactly when the other is."""
     section, required = header.get(feature), feature in header.get("requires", [])
     if section is not None and not (isinstance(section, list) and section):
-        raise HeaderError(path, f"{feature!r} is {section!r:.80}; expected a list that is not empty")
+        raise HeaderError(path, f"{shown(feature)} is {shown(section)}; expected a list that is not empty")
     if required != (section is not None):
         what = "is required, but missing" if required else "is there, but 'requires' does not name it"
-        raise HeaderError(path, f"the section {feature!r} {what}; convert the model again")
+        raise HeaderError(path, f"the section {shown(feature)} {what}; convert the model again")
 
 
 def _check_table(table: Any, start: int, path: str) -> list[Entry]:
@@ -198,7 +199,7 @@ def _check_entry(line: Any, index: int, path: str) -> Entry:
     for key, kind in fields.items():
         # `type() is`, because a bool is an int to isinstance.
         if type(line.get(key)) is not kind:
-            raise TensorError(path, f"{key!r} is {_kind(line.get(key))}; expected {kind.__name__}", name)
+            raise TensorError(path, f"{shown(key)} is {_kind(line.get(key))}; expected {kind.__name__}", name)
     if not 0 <= line["crc32"] < 1 << 32:
         raise TensorError(path, f"crc32 {line['crc32']} is not a 32-bit number", name)
     nbytes = check_layout(line["codec"], line["shape"], line["params"], path, name)
@@ -217,9 +218,9 @@ def check_layout(codec: str, shape: list[int], params: dict[str, Any], path: str
     Raises UnsupportedError or TensorError.
     """
     if codec not in CODECS:
-        raise UnsupportedError(path, f"codec {codec!r:.80} is not known (known: {', '.join(CODECS)})", name)
+        raise UnsupportedError(path, f"codec {shown(codec)} is not known (known: {', '.join(CODECS)})", name)
     if not 1 <= len(shape) <= 2 or not all(type(n) is int and n > 0 for n in shape):
-        raise TensorError(path, f"shape {shape!r:.80}; expected one or two positive integers", name)
+        raise TensorError(path, f"shape {shown(shape)}; expected one or two positive integers", name)
     if math.prod(shape) >= MAX_WEIGHTS:
         raise TensorError(path, f"shape {shape} has 2**48 values or more", name)
     try:

@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from .codecs import CODECS
-from .errors import HeaderError, TensorError
+from .errors import HeaderError, TensorError, shown
 
 if TYPE_CHECKING:
     from .container import TritFile
@@ -102,12 +102,16 @@ def read_kv_modules(file: TritFile) -> list[KVModule]:
     section, config = file.header.get(FEATURE, []), file.config
     for key in ("n_layers", "n_kv_heads", "head_dim"):
         if section and not _is_size(config.get(key)):
-            raise HeaderError(file.path, f"config {key} is {config.get(key)!r:.80}; expected a positive integer")
+            raise HeaderError(file.path, f"config {key} is {shown(config.get(key))}; expected a positive integer")
     modules = [_parse(line, i, config["n_layers"], file.path) for i, line in enumerate(section)]
     modules.sort(key=lambda m: (m.layer, m.side))
+    for m in modules:
+        if m.rank > kv_width(config):
+            numbers = f"the {kv_width(config)} numbers of a token"
+            raise HeaderError(file.path, f"'{FEATURE}' has rank {m.rank} in layer {m.layer} for {numbers}")
     for one, other in pairwise(modules):
         if (one.layer, one.side) == (other.layer, other.side):
-            raise HeaderError(file.path, f"'{FEATURE}' has two modules for side {one.side!r} of layer {one.layer}")
+            raise HeaderError(file.path, f"'{FEATURE}' has two modules for side {shown(one.side)} of layer {one.layer}")
     _check_tensors(file, module_tensors(modules, config) if modules else {})
     return modules
 
@@ -120,14 +124,14 @@ def _parse(line: Any, index: int, n_layers: int, path: str) -> KVModule:
     """Check one entry of the list. Raises HeaderError."""
     where = f"entry {index} of '{FEATURE}'"
     if not isinstance(line, dict):
-        raise HeaderError(path, f"{where} is {line!r:.80}; expected an object")
+        raise HeaderError(path, f"{where} is {shown(line)}; expected an object")
     if wrong := sorted(set(line) ^ set(_KEYS)):
         problem = "is not known" if wrong[0] in line else "is missing"
-        raise HeaderError(path, f"{where}: key {wrong[0]!r:.80} {problem}; expected exactly {', '.join(_KEYS)}")
+        raise HeaderError(path, f"{where}: key {shown(wrong[0])} {problem}; expected exactly {', '.join(_KEYS)}")
 
     def check(key: str, good: bool, expected: str) -> None:
         if not good:
-            raise HeaderError(path, f"{where}: {key} is {line[key]!r:.80}; expected {expected}")
+            raise HeaderError(path, f"{where}: {key} is {shown(line[key])}; expected {expected}")
 
     layer, hidden, biases = line["layer"], line["hidden"], line["biases"]
     check("layer", type(layer) is int and 0 <= layer < n_layers, f"an integer from 0 to {n_layers - 1}")

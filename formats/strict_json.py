@@ -7,11 +7,24 @@ import math
 from collections import Counter
 from typing import Any
 
-from .errors import HeaderError
+from .errors import HeaderError, shown
 
 MAX_VALUES = 250_000
 MAX_DEPTH = 32
 MAX_INT = 1 << 63
+
+
+class DuplicateKeyError(ValueError):
+    """An object has a key twice: which of its values is meant, nobody can tell."""
+
+
+def unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object of its pairs; `object_pairs_hook` of `json.loads`. Raises DuplicateKeyError."""
+    result = dict(items)
+    if len(result) != len(items):
+        twice = Counter(key for key, _ in items).most_common(1)[0][0]
+        raise DuplicateKeyError(f"key {shown(twice)} stands twice")
+    return result
 
 
 def parse_json(data: bytes, path: str) -> Any:
@@ -22,13 +35,6 @@ def parse_json(data: bytes, path: str) -> Any:
     # Commas and brackets bound the number of values before any object is made.
     if sum(data.count(mark) for mark in (b",", b"[", b"{")) > MAX_VALUES:
         raise HeaderError(path, f"the header holds more than {MAX_VALUES} values")
-
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(items)
-        if len(result) != len(items):
-            twice = Counter(key for key, _ in items).most_common(1)[0][0]
-            raise HeaderError(path, f"key {twice[:80]!r} stands twice in the header")
-        return result
 
     def integer(text: str) -> int:
         # The length comes first: converting a million digits takes seconds.
@@ -44,11 +50,13 @@ def parse_json(data: bytes, path: str) -> Any:
 
     try:
         text = data.decode("utf-8")
-        value = json.loads(text, object_pairs_hook=pairs, parse_int=integer, parse_float=real, parse_constant=real)
+        value = json.loads(text, object_pairs_hook=unique, parse_int=integer, parse_float=real, parse_constant=real)
     except UnicodeDecodeError as e:
         raise HeaderError(path, f"the header is not UTF-8 ({e.reason} at byte {e.start})") from e
     except json.JSONDecodeError as e:
         raise HeaderError(path, f"the header is not JSON ({e.msg} at character {e.pos})") from e
+    except DuplicateKeyError as e:
+        raise HeaderError(path, f"{e} in the header") from e
     except RecursionError as e:
         raise HeaderError(path, f"the header is nested deeper than {MAX_DEPTH} levels") from e
     _check_strings_and_depth(value, b"\\u" in data, path)

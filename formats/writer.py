@@ -15,7 +15,7 @@ import numpy as np
 
 from .codecs import CODECS, align, part_spans
 from .codecs.base import Streamed
-from .errors import HeaderError, TensorError
+from .errors import HeaderError, TensorError, shorten
 from .header import MAGIC, MAX_HEADER, PREFIX, VERSION, check_layout, check_name, check_sections
 from .strict_json import parse_json
 from .unfinished import Unfinished
@@ -144,7 +144,7 @@ class TritWriter:
         """Write the header; all that is left is to give the file its name."""
         assert self._file is not None
         if self._left:
-            raise TensorError(self.path, f"tensors announced but not written: {', '.join(self._left)}")
+            raise TensorError(self.path, f"tensors announced but not written: {shorten(list(self._left))}")
         text = self._encode(self._table)
         if len(text) > self._header_length:
             raise HeaderError(self.path, "the header outgrew the room kept for it")

@@ -38,6 +38,7 @@ from .window import check_length, fit, overflow_error
 logger = logging.getLogger("tritllama")
 
 DEFAULT_N_CTX = 4096
+CONTEXT_WARNING = "a context of %d tokens is more than the %d that the model was made for: it may talk nonsense there"
 
 Progress = Callable[[int, int], None]
 Self = TypeVar("Self", bound="Engine")
@@ -91,7 +92,7 @@ class Engine:
             if keep is not None and keep >= self.n_ctx:
                 raise OptionError(f"keep must be less than the context of {self.n_ctx} tokens, got {keep}")
             if self.n_ctx > self.config.max_seq_len:
-                logger.warning("n_ctx is %d, the model was made for %d", self.n_ctx, self.config.max_seq_len)
+                logger.warning(CONTEXT_WARNING, self.n_ctx, self.config.max_seq_len)
             self.defaults = defaults_of_file(self.model.file.header.get("generation"), str(self.path))
             self._select_chat_format(chat_format, jinja)
             codecs = budget.BY_QUALITY if self.model.kernels.int8 else ("f32",)

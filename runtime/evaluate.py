@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -57,13 +57,21 @@ class Result:
 
 
 @dataclass(frozen=True)
-class _Scores:
-    """losses, base_losses, kl: (n,) float64, same: (n,) bool; the last three empty without a base model."""
+class Scores:
+    """Of n tokens. losses, base_losses, kl: (n,) float64, same: (n,) bool; the last three empty without a base."""
 
     losses: Floats
     base_losses: Floats
     kl: Floats
     same: npt.NDArray[np.bool_]
+
+    def at(self, streams: int, first: int, stop: int | None = None) -> Scores:
+        """Those of the positions first .. stop - 1 of each of several streams that stand one after the other."""
+
+        def cut(x: npt.NDArray[Any]) -> npt.NDArray[Any]:
+            return x.reshape(streams, -1)[:, first:stop].ravel()
+
+        return Scores(cut(self.losses), cut(self.base_losses), cut(self.kl), cut(self.same))
 
 
 def log_softmax(logits: npt.NDArray[np.float32]) -> Floats:
@@ -107,15 +115,10 @@ def perplexity(
     windows: from cut_windows; progress: called with (windows done, windows, "ppl N").
     Raises EvaluationError if the two models have different vocabularies.
     """
-    models = [model] if base is None else [model, base]
-    if base is not None and base.config.vocab_size != model.config.vocab_size:
-        raise EvaluationError(
-            f"the models have vocabularies of {model.config.vocab_size} and {base.config.vocab_size} tokens; "
-            "only models with the same tokenizer can be compared"
-        )
+    models = _pair(model, base)
     ctx = len(windows[0])
     caches = [each.new_cache(ctx) for each in models]
-    scores: list[_Scores] = []
+    scores: list[Scores] = []
     total = 0.0
     for done, window in enumerate(windows, 1):
         for cache in caches:
@@ -128,10 +131,10 @@ def perplexity(
         total += sum(float(part.losses.sum()) for part in parts)
         if progress is not None:
             progress(done, len(windows), f"ppl {math.exp(total / (done * (ctx - ctx // 2 - 1))):.4f}")
-    losses = np.concatenate([part.losses for part in scores])
-    ppl, stderr = mean_perplexity(losses)
-    kl = None if base is None else _divergence(scores)
-    return Result(ppl, stderr, len(losses), len(windows), ctx, kl)
+    whole = _join(scores)
+    ppl, stderr = mean_perplexity(whole.losses)
+    kl = None if base is None else divergence(whole)
+    return Result(ppl, stderr, len(whole.losses), len(windows), ctx, kl)
 
 
 def stream_losses(model: Model, ids: Sequence[int], ctx: int, progress: Progress | None = None) -> Floats:
@@ -140,16 +143,44 @@ def stream_losses(model: Model, ids: Sequence[int], ctx: int, progress: Progress
     This is what a long conversation goes through: losses[ctx:] are those after the ring has wrapped.
     out: (len(ids) - 1,) float64
     """
-    cache = model.new_cache(ctx)
+    return stream_scores(model, [np.asarray(ids, np.int64)], ctx, progress=progress).losses
+
+
+def stream_scores(
+    model: Model, streams: Sequence[Ids], ctx: int, base: Model | None = None, progress: Progress | None = None
+) -> Scores:
+    """Read texts, each as one stream through an empty ring of `ctx` tokens; with `base`, compare its predictions.
+
+    streams: (n,) ids each, all of one length; progress: called with (tokens done, tokens in all, "")
+    returns: scores of all tokens of a stream but its first, stream after stream
+    """
+    models = _pair(model, base)
+    caches = [each.new_cache(ctx) for each in models]
     step = min(_logit_rows(model), max(1, ctx // 2))
-    losses: list[Floats] = []
-    for start in range(0, len(ids) - 1, step):
-        chunk = np.asarray(ids[start : start + step + 1], dtype=np.int64)
-        given, wanted = chunk[:-1], chunk[1:]
-        losses.append(_score([_logits(model, given, cache)], wanted).losses)
-        if progress is not None:
-            progress(start + len(given), len(ids) - 1, "")
-    return np.concatenate(losses)
+    scores: list[Scores] = []
+    last = len(streams[0]) - 1
+    for number, ids in enumerate(streams):
+        for cache in caches:
+            cache.reset()
+        for start in range(0, last, step):
+            given, wanted = ids[start : min(start + step, last)], ids[start + 1 : start + step + 1]
+            logits = [_logits(each, given, cache) for each, cache in zip(models, caches, strict=True)]
+            scores.append(_score(logits, wanted))
+            if progress is not None:
+                progress(number * last + start + len(given), len(streams) * last, "")
+    return _join(scores)
+
+
+def _pair(model: Model, base: Model | None) -> list[Model]:
+    """The models to run. Raises EvaluationError if they have different vocabularies."""
+    if base is None:
+        return [model]
+    if base.config.vocab_size != model.config.vocab_size:
+        raise EvaluationError(
+            f"the models have vocabularies of {model.config.vocab_size} and {base.config.vocab_size} tokens; "
+            "only models with the same tokenizer can be compared"
+        )
+    return [model, base]
 
 
 def mean_perplexity(losses: Floats) -> tuple[float, float]:
@@ -183,7 +214,7 @@ def _logit_rows(model: Model) -> int:
     return max(1, LOGITS_AT_ONCE // model.config.vocab_size)
 
 
-def _score(logits: Sequence[npt.NDArray[np.float32]], wanted: Ids) -> _Scores:
+def _score(logits: Sequence[npt.NDArray[np.float32]], wanted: Ids) -> Scores:
     """logits: (n, vocab_size) float32 of the model, perhaps of the base; wanted: (n,) ids that came next"""
     rows = max(1, ROWS_AT_ONCE // logits[0].shape[1])
     blocks = [
@@ -192,7 +223,7 @@ def _score(logits: Sequence[npt.NDArray[np.float32]], wanted: Ids) -> _Scores:
     return _join(blocks)
 
 
-def _score_block(logits: Sequence[npt.NDArray[np.float32]], wanted: Ids) -> _Scores:
+def _score_block(logits: Sequence[npt.NDArray[np.float32]], wanted: Ids) -> Scores:
     index = np.arange(len(wanted))
     mine = log_softmax(logits[0])
     losses = -mine[index, wanted]
@@ -200,15 +231,15 @@ def _score_block(logits: Sequence[npt.NDArray[np.float32]], wanted: Ids) -> _Sco
         raise EvaluationError("the logits are not finite numbers; the weights are damaged (try inspect --verify)")
     if len(logits) == 1:
         nothing = np.empty(0)
-        return _Scores(losses, nothing, nothing, nothing.astype(bool))
+        return Scores(losses, nothing, nothing, nothing.astype(bool))
     theirs = log_softmax(logits[1])
     same = mine.argmax(axis=-1) == theirs.argmax(axis=-1)
     kl = (np.exp(theirs) * (theirs - mine)).sum(axis=-1)
-    return _Scores(losses, -theirs[index, wanted], kl, same)
+    return Scores(losses, -theirs[index, wanted], kl, same)
 
 
-def _join(parts: Sequence[_Scores]) -> _Scores:
-    return _Scores(
+def _join(parts: Sequence[Scores]) -> Scores:
+    return Scores(
         np.concatenate([part.losses for part in parts]),
         np.concatenate([part.base_losses for part in parts]),
         np.concatenate([part.kl for part in parts]),
@@ -216,8 +247,8 @@ def _join(parts: Sequence[_Scores]) -> _Scores:
     )
 
 
-def _divergence(parts: Sequence[_Scores]) -> Divergence:
-    whole = _join(parts)
+def divergence(whole: Scores) -> Divergence:
+    """Sum up how predictions differ from a base model's."""
     kl = whole.kl
     return Divergence(
         mean=float(kl.mean()),

@@ -7,6 +7,8 @@ from dataclasses import dataclass, fields
 from numbers import Integral
 from typing import Any
 
+from formats.errors import shown
+
 from .constraint import Constraint, json_grammar, schema_of
 from .engine import Engine
 from .generate import Run
@@ -65,7 +67,7 @@ def chat_job(
 ) -> Job:
     """Prepare Llama.create_chat_completion."""
     if not isinstance(logprobs, bool):
-        raise OptionError(f"logprobs must be True or False here, got {logprobs!r}; top_logprobs says how many")
+        raise OptionError(f"logprobs must be True or False here, got {shown(logprobs)}; top_logprobs says how many")
     if top_logprobs is not None and not logprobs:
         raise OptionError("top_logprobs needs logprobs=True")
     collector = log_probs(top_logprobs or 0, "top_logprobs") if logprobs else None

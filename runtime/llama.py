@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from formats.errors import shown
+
 from .engine import Engine, Progress
 from .errors import CacheError, LogitsError
 from .generate import Criterion
@@ -181,7 +183,7 @@ class Llama(Engine):
         """
         self._check_open()
         if pooling not in POOLINGS:
-            raise OptionError(f"pooling must be {' or '.join(POOLINGS)}, got {pooling!r}")
+            raise OptionError(f"pooling must be {' or '.join(POOLINGS)}, got {shown(pooling)}")
         ids = check_prompt(self._ids(prompt), self.config.vocab_size, self.n_ctx)
         with self._exclusive():
             cache = self.model.new_cache(max(2, len(ids)), n_batch=self._n_batch, kv=self._kv)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from formats.errors import HeaderError
+from formats.errors import HeaderError, shown
 
 from .errors import CacheError
 from .openai_shapes import LogProbs
@@ -50,7 +50,7 @@ def ring_codec(kv: Any) -> str:
     try:
         keys, values = side_codecs(kv)
     except (CacheError, TypeError) as exc:
-        raise OptionError(f"kv must be auto, {', '.join(CODECS)} or k=CODEC,v=CODEC, got {kv!r}") from exc
+        raise OptionError(f"kv must be auto, {', '.join(CODECS)} or k=CODEC,v=CODEC, got {shown(kv)}") from exc
     return keys if keys == values else f"k={keys},v={values}"
 
 
@@ -63,7 +63,7 @@ def check_stop(stop: Any) -> list[str]:
     stops = [stop] if isinstance(stop, str) or not isinstance(stop, (Sequence, type(None))) else list(stop or ())
     for text in stops:
         if not isinstance(text, str) or not text:
-            raise OptionError(f"stop must be one or more non-empty texts, got {text!r}")
+            raise OptionError(f"stop must be one or more non-empty texts, got {shown(text)}")
     return stops
 
 
@@ -104,16 +104,16 @@ def check_bias(bias: Mapping[int, float], vocab_size: int) -> None:
 def check_signals(cancel: Any, progress: Any) -> None:
     """Raise OptionError unless these are what a run can look at and call, or None."""
     if cancel is not None and not callable(getattr(cancel, "is_set", None)):
-        raise OptionError(f"cancel must be a threading.Event, got {cancel!r}")
+        raise OptionError(f"cancel must be a threading.Event, got {shown(cancel)}")
     if progress is not None and not callable(progress):
-        raise OptionError(f"progress must be a function of (done, total), got {progress!r}")
+        raise OptionError(f"progress must be a function of (done, total), got {shown(progress)}")
 
 
 def callables(value: Any, name: str) -> list[Callable[..., Any]]:
     """Return one function or several as a list. Raises OptionError for anything else."""
     found = [] if value is None else [value] if callable(value) and not isinstance(value, list) else value
     if not isinstance(found, (list, tuple)) or not all(map(callable, found)):
-        raise OptionError(f"{name} must be a function or a list of functions, got {value!r}")
+        raise OptionError(f"{name} must be a function or a list of functions, got {shown(value)}")
     return list(found)
 
 
@@ -132,7 +132,7 @@ def defaults_of_file(generation: Any, path: str) -> dict[str, Any]:
     if generation is None:
         return {}
     if not isinstance(generation, Mapping):
-        raise HeaderError(path, f"generation must be an object, found {generation!r:.40}; convert it again")
+        raise HeaderError(path, f"generation must be an object, found {shown(generation)}; convert it again")
     found = {
         ours: generation[theirs]
         for theirs, ours in FILE_OPTIONS.items()
@@ -147,4 +147,4 @@ def defaults_of_file(generation: Any, path: str) -> dict[str, Any]:
 
 def _check_whole(name: str, value: Any, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
-        raise OptionError(f"{name} must be a whole number, {least} or more, got {value!r}")
+        raise OptionError(f"{name} must be a whole number, {least} or more, got {shown(value)}")

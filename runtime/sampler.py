@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from formats.errors import shown
+
 from .errors import LogitsError
 
 Floats = npt.NDArray[np.float32]
@@ -233,7 +235,7 @@ def _log_sum_exp(values: Floats | Doubles) -> float:
 def _check_number(name: str, value: Any, low: float, high: float = math.inf) -> None:
     wanted = f"{low} or more" if high == math.inf else f"from {low} to {high}"
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise OptionError(f"{name} must be a number {wanted}, got {value!r}")
+        raise OptionError(f"{name} must be a number {wanted}, got {shown(value)}")
     if not math.isfinite(value) or not low <= float(value) <= high:
         raise OptionError(f"{name} must be {wanted}, got {value}")
 
@@ -241,7 +243,7 @@ def _check_number(name: str, value: Any, low: float, high: float = math.inf) -> 
 def _check_whole(name: str, value: Any, low: int, high: int | None = None) -> None:
     wanted = f"{low} or more" if high is None else f"from {low} to {high}"
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise OptionError(f"{name} must be a whole number, {wanted}, got {value!r}")
+        raise OptionError(f"{name} must be a whole number, {wanted}, got {shown(value)}")
     if int(value) < low or (high is not None and int(value) > high):
         raise OptionError(f"{name} must be {wanted}, got {value}")
 
@@ -249,14 +251,14 @@ def _check_whole(name: str, value: Any, low: int, high: int | None = None) -> No
 def _checked_bias(bias: Any) -> dict[int, float]:
     """Check {id: bias}; ids may be texts of digits, as they are in JSON. -inf forbids a token."""
     if not isinstance(bias, Mapping):
-        raise OptionError(f"logit_bias must map token ids to numbers, got {bias!r}")
+        raise OptionError(f"logit_bias must map token ids to numbers, got {shown(bias)}")
     checked: dict[int, float] = {}
     for token, value in bias.items():
         if isinstance(token, str) and token.isascii() and token.isdigit():
             token = int(token)
         _check_whole("logit_bias: a token id", token, 0)
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            raise OptionError(f"logit_bias[{token}] must be a number, got {value!r}")
+            raise OptionError(f"logit_bias[{token}] must be a number, got {shown(value)}")
         if math.isnan(value) or value == math.inf:
             raise OptionError(f"logit_bias[{token}] must be finite or -inf, got {value}")
         if value != -math.inf and not -LARGEST_BIAS <= float(value) <= LARGEST_BIAS:

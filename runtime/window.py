@@ -16,6 +16,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from formats.errors import shown
+
 from .sampler import OptionError
 
 if TYPE_CHECKING:
@@ -55,7 +57,7 @@ def fit(ids: list[int], overflow: str, n_ctx: int, sinks: int, max_tokens: int |
     Raises ContextOverflowError, or OptionError for an unknown policy.
     """
     if overflow not in POLICIES:
-        raise OptionError(f"overflow must be {', '.join(POLICIES[:-1])} or {POLICIES[-1]}, got {overflow!r}")
+        raise OptionError(f"overflow must be {', '.join(POLICIES[:-1])} or {POLICIES[-1]}, got {shown(overflow)}")
     if len(ids) <= n_ctx or overflow == "slide":
         return ids
     if overflow == "error":

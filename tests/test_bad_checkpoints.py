@@ -71,7 +71,7 @@ TENSORS: dict[str, tuple[Callable[[Pieces], None], str, str]] = {
     "fp4": (BAD["fp4"][0], f"{WQ}.quant_state.bitsandbytes__fp4", "packed as 'FP4', which is not read"),
     "fp4 in the state": (state_with(quant_type="fp4"), WQ + STATE, "has quant_type 'fp4'; supported: nf4"),
     "int8": (BAD["int8"][0], "q_proj.SCB", "bitsandbytes LLM.int8 (8 bits), which is not read; supported is NF4"),
-    "quant_state": (lambda pieces: set_state(pieces, b'{"shape": '), WQ + STATE, "is not JSON"),
+    "quant_state": (lambda pieces: set_state(pieces, b'{"shape": '), WQ + STATE, "is not valid JSON"),
     "width of a module": (narrow_module, V_ENCODER, "shape [6, 24]; expected [6, 32]"),
 }  # fmt: skip
 

@@ -67,6 +67,11 @@ def test_stdout_is_the_text_and_nothing_else(model: Path) -> None:
     assert re.search(r", length \| memory: weights .* MB, cache .* MB.* \| seed \d+ \| numpy\]", done.stderr)
 
 
+def test_a_context_beyond_the_models_own_is_told(model: Path) -> None:
+    done = chat(model, "-p", "Hello", "--raw", "-n", 1, "-c", 2049, *QUICK)
+    assert done.returncode == 0 and "more than the 2048 that the model was made for" in done.stderr
+
+
 @pytest.mark.parametrize("how", ["stdin", "dash", "file", "file dash"])
 def test_the_prompt_may_come_from_elsewhere(model: Path, tmp_path: Path, how: str) -> None:
     (tmp_path / "prompt.txt").write_text("Hello\n", encoding="utf-8")

@@ -312,7 +312,8 @@ def test_command_converts_and_sums_up(folder: Path, capsys: pytest.CaptureFixtur
 
 def test_command_dry_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = command(capsys, folder, "--quant", "trit4", "--dry-run")
-    assert code == 0 and "layers.0.wq" in out and "bits per weight" in out and left(folder) == []
+    assert code == 0 and "layers.0-1.wq" in out and "layers.0.wq" not in out and "bits per weight" in out
+    assert left(folder) == []
     assert "memory to run: " in out and "GB with 2048 tokens of context" in out
 
 
@@ -337,7 +338,11 @@ def test_every_expected_problem_is_one_line_and_code_2(
         ((broken, "-o", out, "--quant", "f16"), "mixtral"),
         ((sampling, "-o", out, "--quant", "f16"), "sampling: cannot be run: generation: top_p must be"),
         ((small, "-o", out, "--quant", "f16"), "tokenizer.json: has ids up to 511, but"),
-        ((folder, "-o", "", "--quant", "f16"), "is a folder"),
+        ((folder, "-o", "", "--quant", "f16"), "the name is empty"),
+        ((folder, "-o", out, "--quant", "f16", "--kv-map", ""), "the name is empty"),
+        ((folder, "-o", out, "--quant", "nf4", "--encoder", "best"), "--encoder finds trits"),
+        ((folder, "-o", out, "--quant", "keep", "--encoder", "best", "--dry-run"), "--encoder finds trits"),
+        ((folder, "--quant", "trit2", "--dry-run", "--calibrate", folder / "none"), "none: No such file"),
         ((folder, "-o", out, "--quant", "f16", "--report", folder / "x" / "y.json"), "no such folder for the report"),
         ((folder, "-o", out, "--quant", "f16", "--report", out), "is a file of the conversion itself"),
         ((folder, "-o", out, "--quant", "f16", "--report", folder / "config.json"), "of the conversion itself"),

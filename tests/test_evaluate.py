@@ -145,3 +145,23 @@ def test_progress_tells_the_perplexity_so_far() -> None:
     result = evaluate.perplexity(TableModel(), windows, progress=lambda *a: told.append(a))  # type: ignore[arg-type]
     assert [(done, total) for done, total, _ in told] == [(1, 3), (2, 3), (3, 3)]
     assert told[-1][2] == f"ppl {result.ppl:.4f}"
+
+
+@pytest.mark.parametrize("logits_at_once", [VOCAB, 5 * VOCAB, 1 << 20])
+def test_streams_are_read_one_after_the_other(logits_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "LOGITS_AT_ONCE", logits_at_once)
+    model, base, count, length = TableModel(1), TableModel(2), 3, 20
+    streams = list(np.array(some_ids(count * length)).reshape(count, length))
+    told: list[tuple[int, int, str]] = []
+    progress = told.append
+    scores = evaluate.stream_scores(model, streams, 8, base, lambda *a: progress(a))  # type: ignore[arg-type]
+    assert model.read == base.read == [[int(i) for i in ids[:-1]] for ids in streams]
+    assert told[-1] == (count * (length - 1), count * (length - 1), "") and told == sorted(told)
+    p, b = model.probabilities(), base.probabilities()
+    for first, stop in ((0, None), (8, None), (3, 9)):
+        part = scores.at(count, first, stop)
+        pairs = [(x, y) for ids in streams for x, y in list(pairwise(ids))[first:stop]]
+        assert part.losses == pytest.approx([-math.log(p[x, y]) for x, y in pairs], rel=1e-5)
+        assert part.base_losses == pytest.approx([-math.log(b[x, y]) for x, y in pairs], rel=1e-5)
+        assert part.kl == pytest.approx([(b[x] * np.log(b[x] / p[x])).sum() for x, _ in pairs], rel=1e-4, abs=1e-7)
+        assert part.same.tolist() == [p[x].argmax() == b[x].argmax() for x, _ in pairs]

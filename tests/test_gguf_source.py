@@ -11,12 +11,39 @@ import numpy as np
 import pytest
 from gguf.constants import GGMLQuantizationType
 
-from formats.errors import UnsupportedError
+from formats.errors import SourceError, UnsupportedError
 from formats.sources.gguf_file import read_gguf
 from formats.sources.gguf_source import llama3_factors, open_gguf, source_rows
 from formats.sources.source import open_source
 from tests import tiny
 from tests.checkpoints import LLAMA3_OURS, config_of, permute, refused, same, write_gguf
+
+
+def header(values: bytes, fields: int = 1, tensors: int = 0) -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", 3, tensors, fields) + values
+
+
+KEY = struct.pack("<Q", 1) + b"k" + struct.pack("<I", 9)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (header(KEY + struct.pack("<IQ", 8, 12_000_000) + bytes(8 * 12_000_000)), "announces 12000001 values"),
+        (header(KEY + struct.pack("<IQ", 0, 1 << 40)), "announces 1099511627777 values"),
+        (header(bytes(64), fields=1 << 40), "announces 1099511627776 values"),
+        (header(bytes(64), 0, 1 << 22), "announces 4194304 values"),
+        (header(KEY + struct.pack("<IQQ", 8, 1, 1 << 25) + bytes(1 << 25)), "a string of 33554432 bytes; the limit is"),
+        (header(KEY + struct.pack("<IQQ", 8, 2, 1 << 63) + bytes(64)), "ends inside its header"),
+        (header(KEY + struct.pack("<IQQ", 8, 9, 1) + b"ab"), "ends inside its header"),
+    ],
+)  # fmt: skip
+def test_gguf_headers_of_any_size_are_refused_before_they_are_read(tmp_path: Path, data: bytes, message: str) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(data)
+    with pytest.raises(SourceError, match=message):
+        read_gguf(path)
+
 
 # ---- GGUF -----------------------------------------------------------------------------------------------
 

@@ -281,7 +281,7 @@ def test_inspect_and_the_plan_show_them(folder: Path, out: Path, capsys: pytest.
     write(folder, modules, stated)
     convert.main([str(folder), "--quant", "f16", "--dry-run"])
     plan, notes = capsys.readouterr()
-    assert "layers.1.kv.v.decoder2" in plan
+    assert "layers.0-1.kv.v.decoder2" in plan
     assert "learned KV modules: keys of rank 4, encoded before RoPE, decoded through 24 gelu: layers 0, 1" in notes
     convert.main([str(folder), "-o", str(out), "--quant", "f16"])
     capsys.readouterr()

@@ -175,6 +175,22 @@ def test_a_map_that_does_not_fit_the_checkpoint_is_refused() -> None:
             find(shapes, mapping=linear_map)
 
 
+def test_a_map_that_names_the_models_own_tensors_is_told_so(tmp_path: Path) -> None:
+    own = {"side": "v", "encoder": "model.layers.{}.self_attn.v_proj.weight", "decoder": "a.{}.d"}
+    for module in (own, {**own, "encoder": "a.{}.e", "decoder": own["encoder"]}):
+        path = tmp_path / "map.json"
+        path.write_text(json.dumps({"modules": [module]}))
+        with pytest.raises(SourceError, match=r"v_proj\.weight belongs to the model itself"):
+            find({"a.1.e": (RANK, WIDTH), "a.1.d": (WIDTH, RANK)}, mapping=read_kv_map(path))
+
+
+def test_a_module_that_makes_more_of_its_input_is_refused() -> None:
+    found = linear("v_encoder.{}", "v_decoder.{}")
+    shapes = {k: tuple(WIDTH + 1 if n == RANK else n for n in s) for k, s in found.items()}
+    with pytest.raises(SourceError, match=f"makes {WIDTH + 1} numbers of {WIDTH}"):
+        find(shapes)
+
+
 ENTRY = {"side": "v", "encoder": "a.{}.e", "decoder": "a.{}.d"}
 
 

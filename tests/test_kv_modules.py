@@ -25,7 +25,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "linear": {"rank": 7},
     "linear-bias": {"rank": 6, "biases": ("encoder", "decoder")},
     "full-rank": {"rank": WIDTH},
-    "wide": {"rank": 37, "biases": ("decoder",)},
+    "wide": {"rank": WIDTH - 1, "biases": ("decoder",)},
     "gelu": {"rank": 4, "hidden": 9, "activation": "gelu"},
     "gelu-bias": {"rank": 5, "hidden": 33, "activation": "gelu", "biases": ("encoder", "decoder", "decoder2")},
     "gelu-tanh": {"rank": 17, "hidden": 16, "activation": "gelu_tanh", "biases": ("decoder2",)},
@@ -173,6 +173,7 @@ ONE = KVModule(1, "k", 4, 9, "gelu", "before", ("decoder",))
         ({"layer": True}, "layer is True"),
         ({"side": "q"}, "side is 'q'; expected 'k' or 'v'"),
         ({"rank": 0}, "rank is 0; expected a positive integer"),
+        ({"rank": WIDTH + 1}, f"rank {WIDTH + 1} in layer 1 for the {WIDTH} numbers of a token"),
         ({"rank": "4"}, "rank is '4'"),
         ({"hidden": 0}, "hidden is 0; expected a positive integer or null"),
         ({"activation": "relu"}, "activation is 'relu'; expected 'gelu' or 'gelu_tanh'"),
@@ -257,7 +258,7 @@ def test_tensors_of_modules_that_the_header_does_not_list_are_refused(tmp_path: 
 
 
 def test_packed_modules_are_refused(tmp_path: Path) -> None:
-    module = KVModule(0, "v", 32)
+    module = KVModule(0, "v", WIDTH)
     path = tmp_path / "bad.trit"
     metadata = {"kv_modules": [module.to_dict()], "requires": ["kv_modules"]}
     weights = {**tiny.random_weights(tiny.CONFIG), **module_weights([module])}

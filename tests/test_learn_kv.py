@@ -167,6 +167,7 @@ def test_moments_are_those_of_the_model(model: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [(("--rank", WIDTH), f"has {WIDTH} numbers"), (("--layers", "9"), "there are 2 layers"),
+     (("--rank", 8), "no layer can be compressed so little"),
      (("--ratio", "1.5"), "between 0 and 1"),
      (("--ratio", "0.5", "--max-ppl-increase", "0.1"), "two budgets"), (("-c", 500), "it takes"),
      (("-f", "nowhere.txt"), "No such file")],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -63,6 +64,23 @@ def test_rotary_buffers_are_ignored(tmp_path: Path) -> None:
     theirs["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(8, np.float32)
     write_safetensors(tmp_path / "model.safetensors", theirs)
     same(open_source(tmp_path), weights)
+    assert open_source(tmp_path).notes[0].startswith("1 tensors rotary_emb.inv_freq are left out")
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    """In every JSON file, at any depth: which of the two is meant, nobody knows."""
+    write_hf(tmp_path, {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, shards=2)
+    for path in [*tmp_path.glob("*.json"), next(tmp_path.glob("*.safetensors"))]:
+        data = path.read_bytes()
+        *_, key = re.finditer(rb'"(\w+)": ?', data[: 1 << 13])
+        spoilt = data[: key.start()] + key[0] + b"1," + data[key.start() :]
+        if path.suffix == ".safetensors":
+            spoilt = struct.pack("<Q", struct.unpack("<Q", data[:8])[0] + len(spoilt) - len(data)) + spoilt[8:]
+        path.write_bytes(spoilt)
+        with pytest.raises(SourceError, match=f"key '{key[1].decode()}' stands twice") as caught:
+            open_source(tmp_path)
+        assert caught.value.path == str(path)
+        path.write_bytes(data)
 
 
 def test_tied_embeddings_may_be_stored_once_twice_or_differ(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def test_inspect_json(folder: Path) -> None:
 def test_inspect_table(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = in_process(capsys, "inspect", folder / "trit2.trit")
     assert code == 0 and err == ""
-    assert "2 layers, dim 128" in out and "layers.*.wq" in out and "layers.0.wq" not in out
+    assert "2 layers, dim 128" in out and "layers.0-1.wq" in out and "layers.0.wq" not in out
     code, out, _ = in_process(capsys, "inspect", folder / "trit2.trit", "--tensors")
     assert code == 0 and "layers.0.wq" in out
 
@@ -204,6 +205,30 @@ def test_perplexity_limits_and_streams(folder: Path, capsys: pytest.CaptureFixtu
     assert code == 0 and found["before_wrap"]["ppl"] > 0 and found["after_wrap"]["ppl"] > 0
     parts = found["by_position"]
     assert [part["from"] for part in parts[:3]] == [0, CTX // 2, CTX] and parts[1]["ppl"] == found["before_wrap"]["ppl"]
+
+
+def test_perplexity_by_position(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Windows by position are the protocol's own figure; of streams each position after the wrap is told apart."""
+    args = (folder / "trit2.trit", "-f", folder / "text.txt", "-c", CTX, "--backend", "numpy", "--activations", "f32",
+            "--kl", folder / "f16.trit", "--json")  # fmt: skip
+    whole = json.loads(in_process(capsys, "perplexity", *args)[1])
+    found = json.loads(in_process(capsys, "perplexity", *args, "--by-position")[1])
+    assert all(found[key] == pytest.approx(whole[key], rel=1e-6) for key in ("ppl", "stderr", "kl_mean", "same_top1"))
+    parts = found["by_position"]
+    assert [part["from"] for part in parts] == list(range(0, CTX, CTX // 8)) and "after_wrap" not in found
+    second = np.average([math.log(part["ppl"]) for part in parts[4:]], weights=[4, 4, 4, 3])
+    assert math.exp(second) == pytest.approx(whole["ppl"]) and all(part["kl_mean"] > 0 for part in parts)
+    picture = tmp_path / "p.png"
+    streams = ("--stream-windows", 3, "--kv", "q8")
+    if find_spec("matplotlib"):
+        streams += ("--plot", picture)
+    code, out, _ = in_process(capsys, "perplexity", *args, *streams, "--chunks", 7)
+    found = json.loads(out)
+    assert code == 0 and found["streams"] == 2 and found["kv"] == "q8" and found["after_wrap"]["ppl"] > 0
+    assert found["by_position"][-1]["from"] > 2 * CTX
+    assert not find_spec("matplotlib") or picture.read_bytes().startswith(b"\x89PNG")
+    code, _, err = in_process(capsys, "perplexity", *args, "--stream-windows", 1000)
+    assert code == 2 and one_line(err) and "32000 at least" in err
 
 
 # ---- bench ------------------------------------------------------------------------------------------------

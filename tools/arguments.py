@@ -24,6 +24,13 @@ def natural(text: str) -> int:
     return _at_least(text, 0)
 
 
+def path_name(text: str) -> str:
+    """Read the name of a file or folder, for argparse: an empty one comes from a variable that was never set."""
+    if not text:
+        raise argparse.ArgumentTypeError("the name is empty")
+    return text
+
+
 def positive_list(text: str) -> list[int]:
     """Read numbers of at least 1 with commas between them, for argparse."""
     return [_at_least(part, 1) for part in text.split(",")]

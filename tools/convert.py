@@ -33,8 +33,9 @@ from runtime.tokenizer import make_tokenizer
 if TYPE_CHECKING:
     from runtime.calibration.state import StateFolder
 
-from tools.arguments import positive
+from tools.arguments import path_name, positive
 from tools.perplexity import read_text
+from tools.tables import by_kind, table
 
 CONTEXTS = (8192, 32768, 131072)
 TOKENS = 32768
@@ -45,8 +46,9 @@ HELP = "convert a Hugging Face folder or a GGUF file to a .trit file"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
     codecs = ", ".join(QUANTS)
-    parser.add_argument("source", metavar="SOURCE", help="Hugging Face folder, or GGUF file")
-    parser.add_argument("-o", "--out", metavar="OUT.trit", help="the file to write; with several codecs the folder")
+    parser.add_argument("source", type=path_name, metavar="SOURCE", help="Hugging Face folder, or GGUF file")
+    out_help = "the file to write; with several codecs the folder"
+    parser.add_argument("-o", "--out", type=path_name, metavar="OUT.trit", help=out_help)
     quant_help = f"one of {codecs}; or several codecs with commas between them, for one file each"
     quant = parser.add_mutually_exclusive_group(required=True)
     quant.add_argument("--quant", type=quants, metavar="CODEC", help=quant_help)
@@ -59,15 +61,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--encoder", choices=tuple(ENCODERS), default="v2", help=encoder_help)
     calibrate_help = "quantise for what the matrices do with this text (UTF-8; give it again for more texts)"
-    how.add_argument("--calibrate", action="append", metavar="TEXT", help=calibrate_help)
+    how.add_argument("--calibrate", type=path_name, action="append", metavar="TEXT", help=calibrate_help)
     tokens_help = f"with --calibrate: use at most so many tokens of it ({TOKENS})"
     parser.add_argument("--calibrate-tokens", type=positive, default=TOKENS, metavar="N", help=tokens_help)
     state_help = "with --calibrate: where an interrupted run goes on from (default OUT.trit.state)"
-    parser.add_argument("--state", metavar="FOLDER", help=state_help)
+    parser.add_argument("--state", type=path_name, metavar="FOLDER", help=state_help)
     kv_map_help = "a JSON file that names the tensors of learned KV modules (see README.md)"
-    parser.add_argument("--kv-map", metavar="MAP.json", help=kv_map_help)
+    parser.add_argument("--kv-map", type=path_name, metavar="MAP.json", help=kv_map_help)
     parser.add_argument("--overwrite", action="store_true", help="replace OUT.trit if it is there")
-    parser.add_argument("--report", metavar="OUT.json", help="write what became of every tensor, and its error")
+    report_help = "write what became of every tensor, and its error"
+    parser.add_argument("--report", type=path_name, metavar="OUT.json", help=report_help)
     parser.add_argument("--dry-run", action="store_true", help="say what would be written, and stop")
 
 
@@ -100,6 +103,9 @@ def _main(argv: list[str]) -> int:
         parser.error(f"--calibrate goes with one codec of {', '.join(CALIBRATED)}")
     if not args.calibrate and (args.state or args.calibrate_tokens != TOKENS):
         parser.error("--state and --calibrate-tokens go with --calibrate")
+    if args.encoder != "v2" and not {*args.quant, args.embed} & {*TRITS, MIXED}:
+        parser.error(f"--encoder finds trits: it goes with --quant or --embed of {', '.join((*TRITS, MIXED))}")
+    texts = [read_text(path) for path in args.calibrate or ()]
     started = time.perf_counter()
     source = open_source(args.source, args.kv_map)
     check_runs(source)
@@ -112,7 +118,7 @@ def _main(argv: list[str]) -> int:
     state: StateFolder | None = None
     with encoder as encode, _folder(out, several and not args.dry_run):
         if args.calibrate and not args.dry_run:
-            source, codecs, record, state = calibrated(source, out, args, encode)
+            source, codecs, record, state = calibrated(source, out, args, texts, encode)
         with Bar("convert") as bar:
             summaries = convert_several(
                 source, paths, args.embed, args.overwrite, args.dry_run, bar, encode, args.bpw,
@@ -135,9 +141,9 @@ def _main(argv: list[str]) -> int:
 
 
 def calibrated(
-    source: Source, out: Path, args: argparse.Namespace, encode: Encode
+    source: Source, out: Path, args: argparse.Namespace, texts: Sequence[str], encode: Encode
 ) -> tuple[Source, dict[str, str], str, StateFolder]:
-    """Quantise the layers with the texts of --calibrate.
+    """Quantise the layers for what they do with `texts`, those of --calibrate.
 
     returns: the source with its matrices quantised, their codecs, what the header should say about it, and the folder
     that the matrices are in
@@ -147,7 +153,7 @@ def calibrated(
     from runtime.calibration.windows import cut_windows
 
     tokenizer = make_tokenizer(source.tokenizer, source.blobs.__getitem__, str(source.path))
-    windows = cut_windows(tokenizer, [read_text(path) for path in args.calibrate], args.calibrate_tokens)
+    windows = cut_windows(tokenizer, texts, args.calibrate_tokens)
     kernels, threads = get_kernels("auto", int8=False), ThreadPoolExecutor(usable_cores(), "calibrate")
     with closing(kernels), threads as pool:
         codecs = None
@@ -166,8 +172,8 @@ def calibrated(
             with naming(folder, "the layers that are done are kept: make room and repeat the command"):
                 work = Calibration(source, windows, codecs, folder, kernels, pool, bar)
                 found = work.run()
-    texts = " ".join(f"--calibrate {Path(path).name}" for path in args.calibrate)
-    return found, codecs, f"{texts} --calibrate-tokens {windows.size}", work.state
+    record = " ".join(f"--calibrate {Path(path).name}" for path in args.calibrate)
+    return found, codecs, f"{record} --calibrate-tokens {windows.size}", work.state
 
 
 def check_report(path: Path, others: Sequence[Path], overwrite: bool) -> None:
@@ -218,11 +224,13 @@ def _folder(path: Path, wanted: bool) -> Iterator[None]:
 
 
 def print_plan(summary: Summary) -> None:
-    """Print a line for each tensor, then the sum."""
+    """Print a line for each kind of tensor, then the sum."""
+    items = []
     for item in summary.plan:
         dtype = item.source.dtype if item.source else "-"
-        shape = "x".join(str(n) for n in item.shape)
-        print(f"{item.name:32} {dtype:>6} -> {item.codec:6} {shape:>14} {item.nbytes:>14,}")
+        items.append((item.name, (dtype, item.codec, " x ".join(map(str, item.shape))), item.nbytes))
+    rows = [(name, count, dtype, codec, shape, f"{n:,}") for name, count, (dtype, codec, shape), n in by_kind(items)]
+    print("\n".join(table([("tensor", "count", "from", "to", "shape", "bytes"), *rows], (1, 5))))
     print(
         f"total {len(summary.plan)} tensors, {summary.nbytes:,} bytes, {summary.bpw:.2f} bits per weight, "
         f"{summary.matrix_bpw:.2f} in the layers' matrices"

@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from formats import open_trit
@@ -23,10 +22,11 @@ from runtime.progress import Bar
 from runtime.sizes import kv_bytes_per_token, weight_bytes
 from tools.arguments import require_matplotlib
 from tools.layers_plot import draw_layers, read_errors
+from tools.tables import by_kind, table
 
 CONTEXTS = (8192, 32768, 131072)
-LAYER = re.compile(r"^layers\.\d+\.")
 SHORT_TEXT = 200
+SHORT_HASH = 16  # digits; --json has all of them
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -123,12 +123,9 @@ def describe(file: TritFile) -> dict[str, Any]:
 
 def kinds(file: TritFile, every: bool = False) -> list[tuple[str, int, str, str, int]]:
     """Group tensors that differ only in their layer, unless `every`: (name, count, codec, shape, bytes)."""
-    groups: dict[tuple[str, str, str], list[int]] = {}
-    for t in file.tensors.values():
-        name = t.name if every else LAYER.sub("layers.*.", t.name)
-        key = (name, t.codec, " x ".join(map(str, t.shape)))
-        groups.setdefault(key, []).append(t.nbytes)
-    return [(name, len(sizes), codec, shape, sum(sizes)) for (name, codec, shape), sizes in groups.items()]
+    tensors = [(t.name, (t.codec, " x ".join(map(str, t.shape))), t.nbytes) for t in file.tensors.values()]
+    rows = [(name, 1, details, nbytes) for name, details, nbytes in tensors] if every else by_kind(tensors)
+    return [(name, count, codec, shape, nbytes) for name, count, (codec, shape), nbytes in rows]
 
 
 def size(n: float) -> str:
@@ -138,15 +135,6 @@ def size(n: float) -> str:
             return f"{n:.3g} {unit}" if n < 100 or unit == "B" else f"{n:.0f} {unit}"
         n /= 1000
     return f"{n:.2f} GB"
-
-
-def table(rows: Iterable[Sequence[object]], right: Iterable[int]) -> list[str]:
-    """Align columns; `right` names those of numbers."""
-    cells = [[one_line(str(cell)) for cell in row] for row in rows]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    aligned = set(right)
-    align = [str.rjust if i in aligned else str.ljust for i in range(len(widths))]
-    return ["  ".join(f(c, w) for f, c, w in zip(align, row, widths, strict=True)).rstrip() for row in cells]
 
 
 def fact(name: str, value: object) -> str:
@@ -160,7 +148,7 @@ def facts(found: dict[str, Any]) -> list[str]:
     c, tokenizer, chat, source = found["config"], found["tokenizer"], found["chat"], found["source"]
     rope = c["rope_scaling"]["type"] if c.get("rope_scaling") else "none"
     lines = [
-        fact("file", f"{found['file']}  {size(found['bytes'])}  fingerprint {found['fingerprint']}"),
+        fact("file", f"{found['file']}  {size(found['bytes'])}  fingerprint {found['fingerprint'][:SHORT_HASH]}"),
         fact("model", f"{c['architecture']}, {c['n_layers']} layers, dim {c['dim']}, "
                       f"hidden {c['hidden_dim']}, {c['n_heads']}/{c['n_kv_heads']} heads of {c['head_dim']}, "
                       f"vocabulary {c['vocab_size']}"),
@@ -176,7 +164,7 @@ def facts(found: dict[str, Any]) -> list[str]:
         if not isinstance(entry, dict):
             continue
         name, n, digest = entry.get("name"), entry.get("bytes"), entry.get("sha256")
-        lines.append(fact("", f"{name}  {n} bytes  sha256 {digest}"))
+        lines.append(fact("", f"{name}  {n} bytes  sha256 {str(digest)[:SHORT_HASH]}"))
     return lines
 
 

@@ -152,6 +152,8 @@ def learn(task: Task, learning: Sequence[Ids], held_out: Sequence[Ids], args: ar
             ranks = within(task, judge, fits, damage, tried, args.max_ppl_increase, bar)
         else:
             ranks = choose(task, fits, damage, tried, 0.75 if args.ratio is None else args.ratio)
+        if not ranks:
+            raise UserError("no layer can be compressed so little: keep less (--ratio), or name --layers")
         learned = task.learned(fits, ranks)
         increase = judge.increase(learned, bar)
     install(task.model, [])

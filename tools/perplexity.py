@@ -1,7 +1,8 @@
 """python -m tools.perplexity: how well a model predicts a text, and how far it strays from another model.
 
 The protocol is llama.cpp's (`llama-perplexity -f TEXT -c 512`): whole windows of -c tokens, each from a fresh
-context with its first id replaced by BOS where the tokenizer has one, the second half scored.
+context with its first id replaced by BOS where the tokenizer has one, the second half scored. Perplexity of short
+windows hides what a long context, or one that slides, does to predictions; --by-position and --stream show that.
 """
 
 from __future__ import annotations
@@ -10,8 +11,11 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from formats.container import open_trit
 from formats.version import __version__
@@ -22,7 +26,11 @@ from runtime.config import ModelConfig
 from runtime.model import Model
 from runtime.progress import Bar
 from runtime.tokenizer import load_tokenizer
-from tools.arguments import add_model_arguments, positive
+from tools.arguments import add_model_arguments, positive, require_matplotlib
+from tools.position_plot import draw_positions
+
+with suppress(ImportError):  # Windows
+    import resource
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,6 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--stream", action="store_true",
         help="instead of windows, one stream through a ring of -c tokens, as in a long conversation",
     )  # fmt: skip
+    parser.add_argument("--stream-windows", type=positive, metavar="N", help="many such streams, of N windows each")
+    parser.add_argument("--by-position", action="store_true", help="tell the loss by position in the context or stream")
+    parser.add_argument("--plot", metavar="OUT.png", help="draw the loss by position, and the divergence with --kl")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -66,29 +77,26 @@ def load(path: str, args: argparse.Namespace, kv: str) -> Model:
     return Model.load(path, args.backend, args.threads, args.activations, kv)
 
 
+def load_both(args: argparse.Namespace) -> tuple[Model, Model | None]:
+    """Open the model, and the one that it is compared with."""
+    return load(args.model, args, args.kv), load(args.kl, args, "auto") if args.kl else None
+
+
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Do what the arguments say and return the object that --json prints."""
     text = read_text(args.file)
     ids, bos_id = encode(args.model, text, args.ctx_size)
-    if args.stream:
-        return stream(ids, args)
-    windows = evaluate.cut_windows(ids, args.ctx_size, bos_id, args.chunks)
     if args.kl and encode(args.kl, text, args.ctx_size) != (ids, bos_id):
         raise UserError(f"{args.kl}: its tokenizer gives other ids for this text; the two cannot be compared")
-    model = load(args.model, args, args.kv)
-    base = load(args.kl, args, "auto") if args.kl else None
+    if args.stream or args.stream_windows or args.by_position or args.plot:
+        return by_position(streams_of(ids, bos_id, args), args)
+    windows = evaluate.cut_windows(ids, args.ctx_size, bos_id, args.chunks)
+    model, base = load_both(args)
     with Bar("perplexity", unit="window") as bar:
         result = evaluate.perplexity(model, windows, base, bar)
-    found = describe(model, args) | {
+    return describe(model, args) | {
         "ppl": result.ppl, "stderr": result.stderr, "tokens": result.tokens, "windows": result.windows,
-    }  # fmt: skip
-    if result.kl is not None:
-        kl = result.kl
-        found |= {
-            "base": Path(args.kl).name, "base_ppl": kl.base_ppl, "kl_mean": kl.mean, "kl_stderr": kl.stderr,
-            "kl_median": kl.median, "kl_p999": kl.p999, "kl_max": kl.maximum, "same_top1": kl.same_top1,
-        }  # fmt: skip
-    return found
+    } | compared(result.kl, args)  # fmt: skip
 
 
 def describe(model: Model, args: argparse.Namespace) -> dict[str, Any]:
@@ -100,41 +108,92 @@ def describe(model: Model, args: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def stream(ids: list[int], args: argparse.Namespace) -> dict[str, Any]:
-    """Measure the loss before and after the ring of -c tokens has wrapped."""
-    if args.kl:
-        raise UserError("--stream and --kl cannot be combined")
-    ids = ids[: args.chunks * args.ctx_size] if args.chunks else ids
-    if len(ids) < 2 * args.ctx_size:
-        raise UserError(f"the text has {len(ids)} tokens; --stream takes twice the context at least")
-    model = load(args.model, args, args.kv)
-    with Bar("perplexity", unit="token") as bar:
-        losses = evaluate.stream_losses(model, ids, args.ctx_size, bar)
-    half = args.ctx_size // 2
-    ppl, stderr = evaluate.mean_perplexity(losses[half:])
-    before, before_stderr = evaluate.mean_perplexity(losses[half : args.ctx_size])
-    after, after_stderr = evaluate.mean_perplexity(losses[args.ctx_size :])
-    return describe(model, args) | {
-        "ppl": ppl, "stderr": stderr, "tokens": len(losses) - half,
-        "before_wrap": {"ppl": before, "stderr": before_stderr},
-        "after_wrap": {"ppl": after, "stderr": after_stderr},
-        "by_position": [
-            dict(zip(("from", "ppl", "stderr"), (start, *evaluate.mean_perplexity(losses[start : start + half])),
-                     strict=True))
-            for start in range(0, len(losses) - half + 1, half)
-        ],
+def compared(kl: evaluate.Divergence | None, args: argparse.Namespace) -> dict[str, Any]:
+    """What is told of the comparison with another model, if there was one."""
+    if kl is None:
+        return {}
+    return {
+        "base": Path(args.kl).name, "base_ppl": kl.base_ppl, "kl_mean": kl.mean, "kl_stderr": kl.stderr,
+        "kl_median": kl.median, "kl_p999": kl.p999, "kl_max": kl.maximum, "same_top1": kl.same_top1,
     }  # fmt: skip
+
+
+def streams_of(ids: list[int], bos_id: int | None, args: argparse.Namespace) -> list[evaluate.Ids]:
+    """Cut ids into what is read from an empty context each: windows, streams of several windows, or one stream."""
+    ctx = args.ctx_size
+    if not args.stream and not args.stream_windows:
+        return evaluate.cut_windows(ids, ctx, bos_id, args.chunks)
+    usable = min(len(ids), args.chunks * ctx) if args.chunks else len(ids)
+    length = args.stream_windows * ctx if args.stream_windows else usable
+    if usable < max(length, 2 * ctx):
+        raise UserError(f"the text has {usable} tokens; these streams take {max(length, 2 * ctx)} at least")
+    streams = np.array(ids[: usable // length * length], np.int64).reshape(-1, length)
+    if bos_id is not None:
+        streams[:, 0] = bos_id
+    return list(streams)
+
+
+def by_position(streams: list[evaluate.Ids], args: argparse.Namespace) -> dict[str, Any]:
+    """Measure the loss by position: within windows, or before and after the ring of -c tokens has wrapped."""
+    ctx, half, count = args.ctx_size, args.ctx_size // 2, len(streams)
+    model, base = load_both(args)
+    memory: list[tuple[int, int]] = []
+    with Bar("perplexity", unit="token") as bar:
+
+        def note(done: int, total: int, what: str) -> None:
+            bar(done, total, what)
+            if (size := resident_bytes()) is not None:
+                memory.append((done, size))
+
+        scores = evaluate.stream_scores(model, streams, ctx, base, note)
+    scored = scores.at(count, half)
+    ppl, stderr = evaluate.mean_perplexity(scored.losses)
+    found = describe(model, args) | {"ppl": ppl, "stderr": stderr, "tokens": len(scored.losses), "streams": count}
+    wraps = len(streams[0]) > ctx
+    for name, first, stop in (("before_wrap", half, ctx), ("after_wrap", ctx, None)) if wraps else ():
+        part = evaluate.mean_perplexity(scores.at(count, first, stop).losses)
+        found[name] = dict(zip(("ppl", "stderr"), part, strict=True))
+    width = max(1, ctx // 8) if args.by_position or args.plot else half
+    found["by_position"] = [
+        position(scores.at(count, start, start + width), start)
+        for start in range(0, len(streams[0]) - max(1, width // 2), width)
+    ]
+    if memory:
+        found["resident"] = [[done, size] for done, size in memory]
+    return found | compared(evaluate.divergence(scored) if base else None, args)
+
+
+def position(part: evaluate.Scores, start: int) -> dict[str, float]:
+    """What is told of the tokens after position `start`."""
+    ppl, stderr = evaluate.mean_perplexity(part.losses)
+    found = {"from": start, "ppl": ppl, "stderr": stderr}
+    if len(part.kl):
+        found |= {"kl_mean": float(part.kl.mean()), "kl_stderr": float(part.kl.std()) / len(part.kl) ** 0.5}
+    return found
+
+
+def resident_bytes() -> int | None:
+    """Memory that the process takes right now; None where the system does not tell."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    except (OSError, NameError):
+        return None
 
 
 def show(found: dict[str, Any]) -> None:
     """Print a result for people."""
-    where = f"in {found['windows']} windows of {found['ctx']}" if "windows" in found else "in one stream"
+    ctx, streams = found["ctx"], found.get("streams")
+    where = f"in {found['windows']} windows of {ctx}" if "windows" in found else f"in {streams} streams"
     print(f"perplexity {found['ppl']:.4f} ± {found['stderr']:.4f} ({found['tokens']} tokens {where})")
     for key, name in (("before_wrap", "before the ring wraps"), ("after_wrap", "after the ring has wrapped")):
         if key in found:
             print(f"  {name}: {found[key]['ppl']:.4f} ± {found[key]['stderr']:.4f}")
     for part in found.get("by_position", ()):
-        print(f"  from token {part['from']}: {part['ppl']:.4f} ± {part['stderr']:.4f}")
+        kl = f", KL {part['kl_mean']:.5f} ± {part['kl_stderr']:.5f}" if "kl_mean" in part else ""
+        print(f"  from token {part['from']}: {part['ppl']:.4f} ± {part['stderr']:.4f}{kl}")
+    if later := [size for done, size in found.get("resident", ()) if done >= ctx]:
+        print(f"  resident memory: {later[0] / 1e6:.1f} MB with a full ring, {later[-1] / 1e6:.1f} MB at the end, "
+              f"{max(later) / 1e6:.1f} MB at most")  # fmt: skip
     if "kl_mean" in found:
         print(f"against {found['base']} (perplexity {found['base_ppl']:.4f}):")
         print(f"  KL divergence {found['kl_mean']:.6f} ± {found['kl_stderr']:.6f}, "
@@ -148,11 +207,15 @@ def command(argv: Sequence[str]) -> int:
     parser = ArgumentParser(prog="python -m tools.perplexity", description="Measure how well a model predicts a text.")
     add_arguments(parser)
     args = parser.parse_args(argv)
+    if args.plot:
+        require_matplotlib()
     found = measure(args)
     if args.json:
         print(json.dumps(found))
     else:
         show(found)
+    if args.plot:
+        draw_positions(found, args.plot)
     return 0
 
 

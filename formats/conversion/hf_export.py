@@ -17,7 +17,7 @@ import numpy as np
 from ..codecs import CODECS
 from ..codecs.base import from_bf16, row_chunks, to_bf16
 from ..container import Tensor, TritFile
-from ..errors import HeaderError, TensorError
+from ..errors import HeaderError, TensorError, shorten, shown
 from ..kv_modules import KVModule, module_tensors, read_kv_modules
 from ..sources.hf import CARRIED, TOKENIZER_FILES, TOKENIZER_SIDE_FILES
 from ..sources.hf_names import HF_NAMES
@@ -112,10 +112,10 @@ def default_dtype(file: TritFile) -> str:
 def _pieces(file: TritFile, made: Exported) -> tuple[list[Piece], list[str]]:
     """Describe the tensors. returns: them, and a list that fills with the names of those that lose something"""
     if file.config.get("architecture") != "llama":
-        raise HeaderError(file.path, f"architecture {file.config.get('architecture')!r:.80}; can export 'llama'")
+        raise HeaderError(file.path, f"architecture {shown(file.config.get('architecture'))}; can export 'llama'")
     try:
         if not 0 < file.config["n_layers"] <= MAX_LAYERS:
-            raise TypeError(f"n_layers {file.config['n_layers']!r:.80}")
+            raise TypeError(f"n_layers {shown(file.config['n_layers'])}")
         expected = expected_tensors(file.config)
         hf_config(file, made.dtype)
     except (KeyError, TypeError, AttributeError) as exc:
@@ -133,7 +133,7 @@ def _pieces(file: TritFile, made: Exported) -> tuple[list[Piece], list[str]]:
         pieces.append(Piece(HF_NAMES.theirs(name), DTYPES[made.dtype], shape, blocks))
     left = [n for n in file.tensors if n not in expected and not n.startswith("tokenizer.") and ".kv." not in n]
     if left:
-        made.notes.append(f"{len(left)} tensors have no place in a Llama model and stay behind: {', '.join(left)}")
+        made.notes.append(f"{len(left)} tensors have no place in a Llama model and stay behind: {shorten(left)}")
     return pieces, rounded
 
 

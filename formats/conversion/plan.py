@@ -14,7 +14,7 @@ import numpy as np
 from ..codecs import align, payload_nbytes
 from ..codecs.base import Rows, round_to, row_chunks
 from ..codecs.trit_codec import Encode
-from ..errors import OptionError, SourceError, UnsupportedError
+from ..errors import OptionError, SourceError, UnsupportedError, shown
 from ..kv_modules import module_tensors
 from ..sources.source import Source, SourceTensor, expected_tensors
 from .mixed import SENSITIVITY, Measured, allocate, measure
@@ -127,7 +127,7 @@ def check_codecs(quant: str, embed: str | None, bpw: float | None) -> str:
         embed = KEEP if quant == KEEP else "f16"
     for option, value, allowed in (("quant", quant, QUANTS), ("embed", embed, (*PLAIN, KEEP))):
         if value not in allowed:
-            raise OptionError(f"{option} is {value!r}; supported are {', '.join(allowed)}")
+            raise OptionError(f"{option} is {shown(value)}; supported are {', '.join(allowed)}")
     if (bpw is not None) != (quant == MIXED):
         raise OptionError(f"{MIXED} needs a number of bits per weight (--bpw), and nothing else does")
     if bpw is not None and not 0 < bpw < 100:

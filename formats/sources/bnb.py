@@ -16,9 +16,9 @@ import numpy as np
 from ..codecs.base import DTYPES, Params, Parts
 from ..codecs.nf4 import BLOCKS, NESTED_BLOCKS, NF4Codec
 from ..conversion.safetensors_writer import Piece
-from ..errors import SourceError, UnsupportedError
+from ..errors import SourceError, UnsupportedError, shown
 from .safetensors_reader import StoredTensor
-from .source import Carried
+from .source import Carried, parse_json
 
 STATE = ".quant_state."
 NF4_STATE = "bitsandbytes__nf4"
@@ -94,7 +94,7 @@ def split_packed(stored: Mapping[str, StoredTensor]) -> tuple[dict[str, PackedTe
         state = plain.pop(key)
         if kind != NF4_STATE:
             what = kind.removeprefix("bitsandbytes__").upper()
-            message = f"says that the weight is packed as {what!r:.60}, which is not read; supported is NF4"
+            message = f"says that the weight is packed as {shown(what)}, which is not read; supported is NF4"
             raise UnsupportedError(state.path, message, key)
         packed[name] = _packed(name, state, plain)
     return packed, plain
@@ -135,10 +135,7 @@ def _read_state(state: StoredTensor) -> dict[str, Any]:
     if state.dtype != "U8" or state.nbytes > MAX_STATE_BYTES:
         message = f"is {state.dtype} of {state.nbytes} bytes; expected JSON as U8, {MAX_STATE_BYTES} bytes at most"
         raise SourceError(state.path, message, state.name)
-    try:
-        about = json.loads(state.raw(U1, 0, state.nbytes).tobytes().decode("utf-8"))
-    except (ValueError, RecursionError) as exc:
-        raise SourceError(state.path, f"is not JSON: {exc}", state.name) from exc
+    about = parse_json(state.path, state.raw(U1, 0, state.nbytes).tobytes(), state.name)
     if not isinstance(about, dict):
         raise SourceError(state.path, f"holds a JSON {type(about).__name__}, expected an object", state.name)
     return about
@@ -148,7 +145,7 @@ def _shape(state: StoredTensor, about: Mapping[str, Any]) -> tuple[int, ...]:
     shape = about.get("shape")
     good = isinstance(shape, list) and 1 <= len(shape) <= 2 and all(type(n) is int and 0 < n < 1 << 24 for n in shape)
     if not good:
-        raise SourceError(state.path, f"has shape {shape!r:.80}, expected one or two sizes", state.name)
+        raise SourceError(state.path, f"has shape {shown(shape)}, expected one or two sizes", state.name)
     assert isinstance(shape, list)
     return tuple(shape)
 
@@ -163,7 +160,7 @@ def _params(state: StoredTensor, about: Mapping[str, Any]) -> dict[str, Any]:
         value = about.get(key)
         if type(value) is not type(values[0]) or value not in values:
             supported = ", ".join(map(str, values))
-            raise UnsupportedError(state.path, f"has {key} {value!r:.60}; supported: {supported}", state.name)
+            raise UnsupportedError(state.path, f"has {key} {shown(value)}; supported: {supported}", state.name)
     nested_block = about["nested_blocksize"] if nested else 0
     return {"block": about["blocksize"], "nested_block": nested_block, "dtype": about["dtype"]}
 
@@ -172,7 +169,7 @@ def _offset(state: StoredTensor, about: Mapping[str, Any]) -> float:
     offset = about.get("nested_offset")
     good = isinstance(offset, float | int) and abs(offset) <= float(np.finfo(F4).max)
     if not good or isinstance(offset, bool):
-        raise SourceError(state.path, f"has nested_offset {offset!r:.60}, expected a finite number", state.name)
+        raise SourceError(state.path, f"has nested_offset {shown(offset)}, expected a finite number", state.name)
     return float(offset or 0)
 
 

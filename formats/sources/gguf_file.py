@@ -16,11 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import SourceError, UnsupportedError
+from ..errors import SourceError, UnsupportedError, shown
 
 VERSIONS = (2, 3)
 MAX_DIMS = 4
 DEFAULT_ALIGNMENT = 32
+MAX_VALUES = 1 << 21  # Llama 3 has half a million
+MAX_STRING = 1 << 24
 STRING, ARRAY = 8, 9
 SCALARS = {
     0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?",
@@ -79,12 +81,13 @@ def read_gguf(path: Path) -> GGUFFile:
         with mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
             cursor = _Cursor(path, data, size)
             n_tensors, n_fields = _start(cursor)
+            cursor.expect(n_tensors + n_fields)
             fields = _fields(cursor, n_fields)
             _refuse_split(path, fields)
             infos = [_tensor_info(cursor) for _ in range(n_tensors)]
     alignment = fields.get("general.alignment", DEFAULT_ALIGNMENT)
     if type(alignment) is not int or not 1 <= alignment <= 1 << 20 or alignment & (alignment - 1):
-        raise SourceError(path, f"general.alignment is {alignment!r}, expected a power of two")
+        raise SourceError(path, f"general.alignment is {shown(alignment)}, expected a power of two")
     start = -(-cursor.at // alignment) * alignment
     tensors: dict[str, GGUFTensor] = {}
     for name, shape, kind, offset in infos:
@@ -100,6 +103,13 @@ class _Cursor:
 
     def __init__(self, path: Path, data: mmap.mmap, size: int) -> None:
         self.path, self.data, self.size, self.at = path, data, size, 0
+        self._values = 0
+
+    def expect(self, count: int) -> None:
+        """Refuse more values than are read in a second, before any of them is."""
+        self._values += count
+        if self._values > MAX_VALUES:
+            raise SourceError(self.path, f"announces {self._values} values in its header; the limit is {MAX_VALUES}")
 
     def need(self, count: int) -> None:
         if count > self.size - self.at:
@@ -116,14 +126,27 @@ class _Cursor:
         return value
 
     def string(self) -> str:
-        length = self.take("<Q")
-        self.need(length)
-        raw = self.data[self.at : self.at + length]
-        self.at += length
+        return self.strings(1)[0]
+
+    def strings(self, count: int) -> list[str]:
+        found, raw, data, length_at, at = [], b"", self.data, struct.Struct("<Q").unpack_from, self.at
         try:
-            return raw.decode("utf-8")
+            for _ in range(count):
+                (length,) = length_at(data, at)
+                if length > MAX_STRING:
+                    self.need(at + 8 + length - self.at)
+                    raise SourceError(self.path, f"holds a string of {length} bytes; the limit is {MAX_STRING}")
+                raw = data[at + 8 : at + 8 + length]
+                at += 8 + length
+                found.append(raw.decode("utf-8"))
+        except struct.error:
+            self.need(self.size)  # less than a length is left
         except UnicodeDecodeError as exc:
-            raise SourceError(self.path, f"holds a string that is not UTF-8: {raw[:40]!r}") from exc
+            self.need(at - self.at)
+            raise SourceError(self.path, f"holds a string that is not UTF-8: {shown(raw[:40])}") from exc
+        self.need(at - self.at)
+        self.at = at
+        return found
 
     def numbers(self, dtype: str, count: int) -> list[Any]:
         width = np.dtype(dtype).itemsize
@@ -148,7 +171,7 @@ def _fields(cursor: _Cursor, count: int) -> dict[str, Any]:
     for _ in range(count):
         key = cursor.string()
         if key in fields:
-            raise SourceError(cursor.path, f"has the key {key!r} twice")
+            raise SourceError(cursor.path, f"has the key {shown(key)} twice")
         fields[key] = _value(cursor, key)
     return fields
 
@@ -161,13 +184,13 @@ def _value(cursor: _Cursor, key: str) -> Any:
         return cursor.numbers(SCALARS[kind], 1)[0]
     if kind == ARRAY:
         of, count = cursor.take("<I"), cursor.take("<Q")
+        cursor.expect(count)
         if of == STRING:
-            cursor.need(count * 8)  # each takes its length at least
-            return [cursor.string() for _ in range(count)]
+            return cursor.strings(count)
         if of in SCALARS:
             return cursor.numbers(SCALARS[of], count)
         kind = of
-    raise SourceError(cursor.path, f"the key {key!r} has a value of unknown type {kind}")
+    raise SourceError(cursor.path, f"the key {shown(key)} has a value of unknown type {kind}")
 
 
 def _tensor_info(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:

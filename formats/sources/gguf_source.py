@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import UnsupportedError
+from ..errors import UnsupportedError, shown
 from .gguf_file import GGUFFile, GGUFTensor, read_gguf
 from .hf_config import MAX_CONTEXT, Fields, check_heads
 from .licence import licence_record
@@ -91,7 +91,7 @@ def config_from_gguf(gguf: GGUFFile) -> dict[str, Any]:
     path, tensors = gguf.path, gguf.tensors
     architecture = gguf.fields.get("general.architecture")
     if architecture != "llama":
-        raise UnsupportedError(path, f"general.architecture is {architecture!r}; supported is 'llama'")
+        raise UnsupportedError(path, f"general.architecture is {shown(architecture)}; supported is 'llama'")
     raw = {key[6:]: _uniform(path, key, v) for key, v in gguf.fields.items() if key.startswith("llama.")}
     _refuse_variants(path, raw)
     fields = Fields(raw, path)
@@ -136,7 +136,7 @@ def _uniform(path: Path, key: str, value: Any) -> Any:
 def _refuse_variants(path: Path, raw: dict[str, Any]) -> None:
     for key, neutral in NEUTRAL.items():
         if raw.get(key, neutral) != neutral:
-            raise UnsupportedError(path, f"llama.{key} is {raw[key]!r}: a variant that is not supported")
+            raise UnsupportedError(path, f"llama.{key} is {shown(raw[key])}: a variant that is not supported")
 
 
 def _short(value: float) -> float:
@@ -149,7 +149,7 @@ def _rope_scaling(
 ) -> dict[str, Any] | None:
     kind = raw.get("rope.scaling.type", "linear" if "rope.scale_linear" in raw else "none")
     if kind not in ("none", "linear"):
-        raise UnsupportedError(gguf.path, f"rope scaling {kind!r}; supported are none, linear and llama3")
+        raise UnsupportedError(gguf.path, f"rope scaling {shown(kind)}; supported are none, linear and llama3")
     scaling = None
     if kind == "linear":
         key = "rope.scaling.factor" if "rope.scaling.factor" in raw else "rope.scale_linear"

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import SourceError
+from ..errors import SourceError, shown
 from ..kv_modules import describe_modules
 from .bnb import PackedTensor, split_packed
 from .hf_config import check_quantization, config_from_hf
@@ -40,7 +40,7 @@ def open_hf(folder: Path, kv_map: str | os.PathLike[str] | None = None) -> Sourc
     raw = read_json(config_path)
     config = config_from_hf(raw, config_path)
     check_quantization(raw, config_path)
-    mapping = read_kv_map(kv_map) if kv_map else None
+    mapping = read_kv_map(kv_map) if kv_map is not None else None
     if mapping is None and CONFIG_KEY in raw:
         mapping = check_kv_map(raw[CONFIG_KEY], config_path)
     notes: list[str] = []
@@ -103,6 +103,8 @@ def _tensors(
     ours = {name: tensor for theirs, tensor in found.items() if (name := HF_NAMES.ours(theirs)) is not None}
     of_modules = {name: found[theirs] for name, theirs in modules.sources.items()}
     known = set(modules.sources.values())
+    if ignored := [name for name in found if _is_ignored(name)]:
+        notes.append(f"{len(ignored)} tensors {IGNORED_SUFFIX} are left out: the configuration says the same")
     unknown = [n for n in found if HF_NAMES.ours(n) is None and n not in known and not _is_ignored(n)]
     if config["tied_embeddings"]:
         _tie(ours, config, notes)
@@ -176,7 +178,7 @@ def token_ids(value: object, path: Path) -> list[int]:
     """Read an id, a list of ids, or null. Raises SourceError."""
     ids: list[Any] = [] if value is None else value if isinstance(value, list) else [value]
     if not all(type(i) is int and i >= 0 for i in ids):
-        raise SourceError(path, f'"eos_token_id" is {value!r}, expected a token id or a list of them')
+        raise SourceError(path, f'"eos_token_id" is {shown(value)}, expected a token id or a list of them')
     return ids
 
 
@@ -195,7 +197,7 @@ def generation_from_hf(folder: Path) -> dict[str, Any]:
         if value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e9:
-            raise SourceError(path, f'"{key}" is {value!r}, expected a number that is not negative')
+            raise SourceError(path, f'"{key}" is {shown(value)}, expected a number that is not negative')
         found[key] = value
     if isinstance(raw.get("do_sample"), bool):
         found["do_sample"] = raw["do_sample"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..errors import SourceError, UnsupportedError
+from ..errors import SourceError, UnsupportedError, shorten, shown
 from .source import MAX_LAYERS
 
 ARCHITECTURES = ("LlamaForCausalLM", "LeanLlamaForCausalLM")
@@ -42,7 +42,7 @@ def config_from_hf(raw: dict[str, Any], path: Path) -> dict[str, Any]:
     check_heads(config, path)
     activation = raw.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
-        raise UnsupportedError(path, f'"hidden_act" is {activation!r}; supported is silu')
+        raise UnsupportedError(path, f'"hidden_act" is {shown(activation)}; supported is silu')
     return config
 
 
@@ -62,7 +62,7 @@ def check_architecture(raw: dict[str, Any], path: Path) -> None:
     names = [str(name) for name in architectures] if isinstance(architectures, list) else []
     good = model_type in (None, "llama") and all(name in ARCHITECTURES for name in names)
     if not good or (model_type is None and not names):
-        found = f"model_type {model_type!r}, architectures {names}"
+        found = f"model_type {shown(model_type)}, architectures {shorten(names, 3)}"
         raise UnsupportedError(path, f"is for {found}; supported are model_type 'llama', {ARCHITECTURES[0]}")
 
 
@@ -81,7 +81,7 @@ def check_quantization(raw: dict[str, Any], path: Path) -> None:
     if method != "bitsandbytes":
         raise UnsupportedError(
             path,
-            f"the checkpoint is quantised (quant_method {method!r:.60}), which is not read; "
+            f"the checkpoint is quantised (quant_method {shown(method)}), which is not read; "
             "supported are bitsandbytes NF4, and weights in float32, float16 or bfloat16",
         )
 
@@ -95,7 +95,7 @@ def rope_from_hf(raw: dict[str, Any], path: Path) -> dict[str, Any]:
     for key in ("rope_scaling", "rope_parameters"):
         part = raw.get(key)
         if part is not None and not isinstance(part, dict):
-            raise SourceError(path, f'"{key}" is {part!r}, expected an object or null')
+            raise SourceError(path, f'"{key}" is {shown(part)}, expected an object or null')
         if any(isinstance(value, dict) for value in (part or {}).values()):
             raise UnsupportedError(path, f'"{key}" differs from layer to layer, which is not supported')
         merged.update({name: value for name, value in (part or {}).items() if value is not None})
@@ -121,7 +121,7 @@ def rope_from_hf(raw: dict[str, Any], path: Path) -> dict[str, Any]:
             "original_max_seq_len": fields.size("original_max_position_embeddings", maximum=MAX_CONTEXT),
         }
     elif kind != "default":
-        raise UnsupportedError(path, f"rope type {kind!r}; supported are {', '.join(ROPE_TYPES)}")
+        raise UnsupportedError(path, f"rope type {shown(kind)}; supported are {', '.join(ROPE_TYPES)}")
     return {"rope_theta": theta, "rope_scaling": scaling}
 
 
@@ -136,21 +136,21 @@ class Fields:
         """Read an integer from 1 to `maximum`; null counts as absent."""
         value = self._value(key, default)
         if type(value) is not int or not 1 <= value <= maximum:
-            raise SourceError(self._path, f'"{key}" is {value!r}, expected an integer from 1 to {maximum}')
+            raise SourceError(self._path, f'"{key}" is {shown(value)}, expected an integer from 1 to {maximum}')
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
         """Read a positive finite number; null counts as absent."""
         value = self._value(key, default)
         if type(value) not in (int, float) or not 0 < value < 1e300:
-            raise SourceError(self._path, f'"{key}" is {value!r}, expected a positive number')
+            raise SourceError(self._path, f'"{key}" is {shown(value)}, expected a positive number')
         return float(value)
 
     def flag(self, key: str) -> bool:
         """Read true or false; absent or null is false."""
         value = self._value(key, False)
         if not isinstance(value, bool):
-            raise SourceError(self._path, f'"{key}" is {value!r}, expected true or false')
+            raise SourceError(self._path, f'"{key}" is {shown(value)}, expected true or false')
         return value
 
     def _value(self, key: str, default: Any) -> Any:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import SourceError
+from ..errors import SourceError, shorten
 from ..kv_modules import ROPE_ORDERS, KVModule, kv_width
 from .kv_map import IN_LAYER, MATRICES, ROLES, KVMap, Roles, Shapes, named_modules
 
@@ -60,7 +60,7 @@ def find_kv_modules(
         if layer >= n_layers:
             raise SourceError(path, f"has KV modules for layer {layer} of {n_layers}: {names}")
         given = {key: roles.get(key) or stated[key] for key in stated}
-        module = _module(path, layer, side, roles, shapes, given)
+        module = _module(path, layer, side, roles, shapes, given, width)
         for ours, shape in module.shapes(width).items():
             theirs = roles[ours.removeprefix(f"{module.prefix}.")]
             if shapes[theirs] != shape:
@@ -79,6 +79,7 @@ def _module(
     roles: Mapping[str, str],
     shapes: Shapes,
     given: Mapping[str, str | None],
+    width: int,
 ) -> KVModule:
     """Describe one module, once it is known which tensor is what. Raises SourceError."""
     names = ", ".join(name for role, name in roles.items() if role in ROLES)
@@ -100,7 +101,10 @@ def _module(
         raise SourceError(path, f"it is not known whether keys are encoded before or after RoPE by {names}; {HINT}")
     biases = tuple(name for name in MATRICES if f"{name}.bias" in roles)
     hidden = shapes[roles["decoder"]][0] if two else None
-    return KVModule(layer, side, shapes[roles["encoder"]][0], hidden, activation, rope, biases)
+    rank = shapes[roles["encoder"]][0]
+    if rank > width:
+        raise SourceError(path, f"KV module: it makes {rank} numbers of {width}; expected fewer", roles["encoder"])
+    return KVModule(layer, side, rank, hidden, activation, rope, biases)
 
 
 # ---- by names and shapes --------------------------------------------------------------------------------
@@ -134,7 +138,7 @@ def _guessed(path: str | os.PathLike[str], shapes: Shapes, width: int) -> dict[t
         else:
             groups.setdefault((layer, side), {}).update(roles)
     if unsure:
-        listed = ", ".join(f"{name} {list(shapes[name])}" for name in sorted(unsure))
+        listed = shorten([f"{name} {list(shapes[name])}" for name in sorted(unsure)])
         raise SourceError(
             path, f"holds {len(unsure)} tensors that may be KV modules, of no form that is known: {listed}; {HINT}"
         )

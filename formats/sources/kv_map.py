@@ -25,8 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import SourceError
+from ..errors import SourceError, shorten, shown
 from ..kv_modules import ACTIVATIONS, ROPE_ORDERS, SIDES, KVModule
+from .hf_names import HF_NAMES
 from .source import read_json
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -62,7 +63,7 @@ def check_kv_map(raw: Any, path: Path) -> KVMap:
     """
     entries = raw.get("modules") if isinstance(raw, dict) and set(raw) == {"modules"} else None
     if not isinstance(entries, list) or not entries:
-        raise SourceError(path, f'is {raw!r:.60}; expected {{"modules": [...]}} with one entry or more')
+        raise SourceError(path, f'is {shown(raw)}; expected {{"modules": [...]}} with one entry or more')
     for i, entry in enumerate(entries):
         _check_entry(entry, path, f"entry {i} of modules")
     return KVMap(str(path), tuple(entries))
@@ -73,17 +74,18 @@ def _check_entry(entry: Any, path: Path, where: str) -> None:
     if not good:
         raise SourceError(path, f"{where}: expected an object whose values are all strings, but for a layer")
     if unknown := sorted(set(entry) - MAP_KEYS):
-        raise SourceError(path, f"{where}: key {unknown[0]!r} is not known; known are {', '.join(sorted(MAP_KEYS))}")
+        known = ", ".join(sorted(MAP_KEYS))
+        raise SourceError(path, f"{where}: key {shown(unknown[0])} is not known; known are {known}")
     if missing := [key for key in ("side", "encoder", "decoder") if key not in entry]:
-        raise SourceError(path, f"{where}: {missing[0]!r} is missing")
+        raise SourceError(path, f"{where}: {shown(missing[0])} is missing")
     for key, allowed in (("side", SIDES), ("rope", ROPE_ORDERS), ("activation", ACTIVATIONS)):
         if key in entry and entry[key] not in allowed:
-            raise SourceError(path, f"{where}: {key} is {entry[key]!r}; expected {' or '.join(allowed)}")
+            raise SourceError(path, f"{where}: {key} is {shown(entry[key])}; expected {' or '.join(allowed)}")
     if "layer" in entry and (type(entry["layer"]) is not int or entry["layer"] < 0):
-        raise SourceError(path, f"{where}: layer is {entry['layer']!r}; expected its number")
+        raise SourceError(path, f"{where}: layer is {shown(entry['layer'])}; expected its number")
     for role in ROLES:
         if role in entry and "layer" not in entry and entry[role].count("{}") != 1:
-            raise SourceError(path, f"{where}: {role} is {entry[role]!r}; expected one {{}} for the layer")
+            raise SourceError(path, f"{where}: {role} is {shown(entry[role])}; expected one {{}} for the layer")
 
 
 def named_modules(path: str | os.PathLike[str], shapes: Shapes, mapping: KVMap) -> dict[tuple[int, str], Roles]:
@@ -95,22 +97,28 @@ def named_modules(path: str | os.PathLike[str], shapes: Shapes, mapping: KVMap) 
     for i, entry in enumerate(mapping.modules):
         layers = _layers_of(entry, shapes)
         if not layers:
-            raise SourceError(mapping.path, f"entry {i} of modules: {path} has no tensor {entry['encoder']}")
+            raise SourceError(mapping.path, f"entry {i} of modules: {_absent(path, [entry['encoder']])}")
         for layer in layers:
             whole = "layer" in entry
             stated = {key: value for key, value in entry.items() if key not in ("layer", "side")}
             roles = stated if whole else {key: value.replace("{}", str(layer)) for key, value in stated.items()}
             if missing := [name for role, name in roles.items() if role in ROLES and name not in shapes]:
-                raise SourceError(mapping.path, f"entry {i} of modules: {path} has no tensor {', '.join(missing)}")
+                raise SourceError(mapping.path, f"entry {i} of modules: {_absent(path, missing)}")
             if (layer, entry["side"]) in groups:
                 raise SourceError(mapping.path, f"names two modules for side {entry['side']} of layer {layer}")
             groups[layer, entry["side"]] = roles
     used = [name for roles in groups.values() for role, name in roles.items() if role in ROLES]
     if twice := sorted({name for name in used if used.count(name) > 1}):
-        raise SourceError(mapping.path, f"gives two roles to {', '.join(twice)}")
+        raise SourceError(mapping.path, f"gives two roles to {shorten(twice)}")
     if left := [name for name in shapes if IN_LAYER.fullmatch(name) and name not in used]:
-        raise SourceError(mapping.path, f"leaves {len(left)} tensors without a role: {', '.join(left)}")
+        raise SourceError(mapping.path, f"leaves {len(left)} tensors without a role: {shorten(left)}")
     return groups
+
+
+def _absent(path: str | os.PathLike[str], names: list[str]) -> str:
+    """Say why these names are not to be had for a module."""
+    own = [name for name in names if HF_NAMES.ours(name.replace("{}", "0"))]
+    return f"{shorten(own)} belongs to the model itself" if own else f"{os.fspath(path)} has no tensor {shorten(names)}"
 
 
 def _layers_of(entry: Mapping[str, Any], shapes: Shapes) -> list[int]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import SourceError, UnsupportedError
+from ..errors import SourceError, UnsupportedError, shorten, shown
 from .source import parse_json, read_json
 
 MAX_HEADER_BYTES = 100_000_000
@@ -94,9 +94,9 @@ def open_folder(folder: Path) -> tuple[dict[str, StoredTensor], list[Path]]:
     present = sorted(p.name for p in folder.glob("*.safetensors"))
     pickles = sorted(p.name for pattern in ("*.bin", "*.pth", "*.pt") for p in folder.glob(pattern))
     if present:
-        found = f"{', '.join(present)} but no {INDEX_FILE}"
+        found = f"{shorten(present)} but no {INDEX_FILE}"
     elif pickles:
-        found = f"only {', '.join(pickles)}, which are pickles and are not read (save it as safetensors)"
+        found = f"only {shorten(pickles)}, which are pickles and are not read (save it as safetensors)"
     else:
         found = "no weights at all"
     raise SourceError(folder, f"has {found}; expected {SINGLE_FILE}, or shards with {INDEX_FILE}")
@@ -108,7 +108,7 @@ def _open_shards(index: Path) -> tuple[dict[str, StoredTensor], list[Path]]:
         raise SourceError(index, 'has no "weight_map" object with the tensors\' files')
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or shard in ("", ".", "..") or set(shard) & set("/\\\0"):
-            raise SourceError(index, f"names {shard!r} as its file, expected a plain file name", name)
+            raise SourceError(index, f"names {shown(shard)} as its file, expected a plain file name", name)
     tensors: dict[str, StoredTensor] = {}
     shards = sorted(set(weight_map.values()))
     for shard in shards:
@@ -166,14 +166,14 @@ def _entry(path: Path, name: str, entry: object, data_start: int) -> StoredTenso
     def integers(value: object, count: int | None = None) -> list[int]:
         good = isinstance(value, list) and all(type(v) is int and v >= 0 for v in value)
         if not good or (count is not None and len(value) != count):  # type: ignore[arg-type]
-            raise SourceError(path, f"has the header entry {entry!r:.200}", name)
+            raise SourceError(path, f"has the header entry {shown(entry)}", name)
         return value  # type: ignore[return-value]
 
     fields = entry if isinstance(entry, dict) else {}
     shape = tuple(integers(fields.get("shape")))
     begin, end = integers(fields.get("data_offsets"), 2)
     if end < begin:
-        raise SourceError(path, f"has the header entry {entry!r:.200}", name)
+        raise SourceError(path, f"has the header entry {shown(entry)}", name)
     return StoredTensor(name, str(fields.get("dtype")), shape, path, data_start + begin, end - begin)
 
 

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import SourceError
+from ..errors import SourceError, shorten, shown
 from ..kv_modules import KVModule
+from ..strict_json import unique
 
 MAX_JSON_BYTES = 256 << 20
 MAX_LAYERS = 4096
@@ -111,7 +112,7 @@ def _what_else(path: Path, magic: bytes) -> str:
         return "is one file of a checkpoint; give the folder that holds it together with config.json"
     if magic == b"vers":
         return "looks like a Git LFS pointer, not the file itself (git lfs pull)"
-    return f"starts with {magic!r}; {expected}"
+    return f"starts with {shown(magic)}; {expected}"
 
 
 # ---- names and shapes -----------------------------------------------------------------------------------
@@ -142,11 +143,6 @@ def expected_tensors(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     if not config["tied_embeddings"]:
         out["output"] = (config["vocab_size"], dim)
     return out
-
-
-def shorten(names: list[str], most: int = 20) -> str:
-    """List names for a message, only so many of them."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 class Names:
@@ -222,12 +218,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def parse_json(path: Path, text: str | bytes) -> Any:
-    """Parse JSON that was found in a file. Raises SourceError."""
+def parse_json(path: Path, text: str | bytes, tensor: str | None = None) -> Any:
+    """Parse JSON that was found in a file; a key that stands twice is an error. Raises SourceError."""
     try:
-        return json.loads(text)
+        decoded = text if isinstance(text, str) else text.decode("utf-8")
+        return json.loads(decoded, object_pairs_hook=unique)
     except (ValueError, RecursionError) as exc:
-        raise SourceError(path, f"is not valid JSON: {exc}") from exc
+        raise SourceError(path, f"is not valid JSON: {exc}", tensor) from exc
 
 
 def read_text(path: Path, limit: int) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import SourceError
+from ..errors import SourceError, shown
 from .vocab import MAX_TOKEN_BYTES
 
 # Without these no text can be written; other bytes may lack a token (SmolLM2 has none for 21 of them).
@@ -34,7 +34,7 @@ def spelt_bytes(path: Path, text: str, token: int) -> bytes:
     try:
         data = bytes([alphabet[c] for c in text])
     except KeyError as exc:
-        message = f"token {token} ({text!r:.60}) holds {exc}, which does not spell a byte"
+        message = f"token {token} ({shown(text)}) holds {exc}, which does not spell a byte"
         raise SourceError(path, message) from exc
     if not 0 < len(data) <= MAX_TOKEN_BYTES:
         raise SourceError(path, f"token {token} has {len(data)} bytes, expected 1 to {MAX_TOKEN_BYTES}")
@@ -50,7 +50,7 @@ def missing_bytes(path: Path, tokens: Iterable[bytes]) -> list[int]:
     missing = [b for b in range(256) if b not in present]
     needed = [b for b in missing if b in NEEDED_BYTES]
     if needed:
-        byte = f"0x{needed[0]:02X} ({chr(needed[0])!r})"
+        byte = f"0x{needed[0]:02X} ({shown(chr(needed[0]))})"
         raise SourceError(path, f"has no token for byte {byte}: it is incomplete")
     return missing
 
@@ -65,10 +65,10 @@ def merge_table(path: Path, ids: Mapping[str, int], merges: Iterable[tuple[str, 
         try:
             pair, result = (ids[left], ids[right]), ids[left + right]
         except KeyError as exc:
-            message = f"merge {rank} ({left!r:.60} + {right!r:.60}) names {exc!s:.60}, which is not a token"
+            message = f"merge {rank} ({shown(left)} + {shown(right)}) names {exc!s:.60}, which is not a token"
             raise SourceError(path, message) from exc
         if pair in rows:
-            raise SourceError(path, f"merge {rank} ({left!r:.60} + {right!r:.60}) is listed twice")
+            raise SourceError(path, f"merge {rank} ({shown(left)} + {shown(right)}) is listed twice")
         rows[pair] = result
     return np.array([(a, b, c) for (a, b), c in rows.items()], dtype=np.int64).reshape(-1, 3)
 
@@ -81,7 +81,7 @@ def split_merges(path: Path, merges: object) -> list[tuple[str, str]]:
     for rank, merge in enumerate(merges):
         parts = merge.split(" ") if isinstance(merge, str) else merge
         if not isinstance(parts, list) or len(parts) != 2 or not all(isinstance(p, str) and p for p in parts):
-            raise SourceError(path, f"merge {rank} is {merge!r:.60}, expected two tokens")
+            raise SourceError(path, f"merge {rank} is {shown(merge)}, expected two tokens")
         out.append((parts[0], parts[1]))
     return out
 
@@ -110,9 +110,9 @@ def read_ranks(path: Path, data: bytes) -> list[bytes]:
         except (ValueError, binascii.Error):
             rank = b""
         if not rank.isdigit() or len(rank) > 8:
-            raise SourceError(path, f"line {number} is {line!r:.60}, expected a token in base64 and its rank")
+            raise SourceError(path, f"line {number} is {shown(line)}, expected a token in base64 and its rank")
         if token in ranks or not 0 < len(token) <= MAX_TOKEN_BYTES:
-            raise SourceError(path, f"line {number}: token {token!r:.60} is empty, too long, or there twice")
+            raise SourceError(path, f"line {number}: token {shown(token)} is empty, too long, or there twice")
         ranks[token] = int(rank)
     tokens = sorted(ranks, key=lambda token: ranks[token])
     wrong = next((i for i, token in enumerate(tokens) if ranks[token] != i), None)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import SourceError, UnsupportedError
+from ..errors import SourceError, UnsupportedError, shown
 from .byte_level import split_merges
 from .hf_json import assemble, bpe_entry
 from .special_tokens import MAX_TEXT_CHARS, AddedToken, Ends, header_entry, unique_tokens
@@ -51,14 +51,14 @@ def tokenizer_from_gguf(
     own = {key[len(PREFIX) :]: value for key, value in fields.items() if key.startswith(PREFIX)}
     model = own.get("model")
     if model not in ("gpt2", "llama"):
-        raise UnsupportedError(path, f"{PREFIX}model is {model!r:.60}; supported are 'gpt2' and 'llama'")
+        raise UnsupportedError(path, f"{PREFIX}model is {shown(model)}; supported are 'gpt2' and 'llama'")
     tokens = own.get("tokens")
     if not isinstance(tokens, list) or not tokens or not all(isinstance(t, str) and t for t in tokens):
         raise SourceError(path, f"{PREFIX}tokens is not a list of texts")
     types = _numbers(path, own, "token_type", len(tokens))
     wrong = next((i for i, t in enumerate(types) if t not in range(NORMAL, BYTE + 1)), None)
     if wrong is not None:
-        raise SourceError(path, f"token {wrong} has type {types[wrong]!r}, expected 1 to 6")
+        raise SourceError(path, f"token {wrong} has type {shown(types[wrong])}, expected 1 to 6")
     return _from_gpt2(path, own, tokens, types) if model == "gpt2" else _from_llama(path, own, tokens, types)
 
 
@@ -67,17 +67,17 @@ def _from_gpt2(
 ) -> tuple[dict[str, Any], dict[str, bytes]]:
     pre = own.get("pre")
     if not isinstance(pre, str) or pre not in PRE_TOKENIZERS:
-        message = f"{PREFIX}pre is {pre!r:.60}; supported are {', '.join(PRE_TOKENIZERS)}"
+        message = f"{PREFIX}pre is {shown(pre)}; supported are {', '.join(PRE_TOKENIZERS)}"
         raise UnsupportedError(path, message)
     name, ignore_merges, bos_first = PRE_TOKENIZERS[pre]
     for i, kind in enumerate(types):
         if kind == BYTE:
-            raise SourceError(path, f"token {i} ({tokens[i]!r:.60}) is a byte token; byte-level BPE has none")
+            raise SourceError(path, f"token {i} ({shown(tokens[i])}) is a byte token; byte-level BPE has none")
     added = _added(path, tokens, types)
     ids: dict[str, int] = {}
     for i, text in enumerate(tokens):
         if types[i] == NORMAL and ids.setdefault(text, i) != i:
-            raise SourceError(path, f"token {text!r:.60} has the ids {ids[text]} and {i}")
+            raise SourceError(path, f"token {shown(text)} has the ids {ids[text]} and {i}")
     unused = frozenset(i for i, kind in enumerate(types) if kind == UNUSED)
     merges = split_merges(path, own.get("merges"))
     bpe = assemble(path, ids, added, merges, pre=name, ignore_merges=ignore_merges, unused=unused)
@@ -131,14 +131,14 @@ def _ends(path: Path, own: Mapping[str, Any], bos_first: bool) -> Ends:
 def _token(path: Path, own: Mapping[str, Any], key: str) -> int | None:
     value = own.get(key)
     if value is not None and (type(value) is not int or value < 0):
-        raise SourceError(path, f"{PREFIX}{key} is {value!r:.60}, expected a token id")
+        raise SourceError(path, f"{PREFIX}{key} is {shown(value)}, expected a token id")
     return value
 
 
 def _flag(path: Path, own: Mapping[str, Any], key: str, default: bool) -> bool:
     value = own.get(key, default)
     if not isinstance(value, bool):
-        raise SourceError(path, f"{PREFIX}{key} is {value!r:.60}, expected true or false")
+        raise SourceError(path, f"{PREFIX}{key} is {shown(value)}, expected true or false")
     return value
 
 

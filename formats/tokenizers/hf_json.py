@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import SourceError, UnsupportedError
+from ..errors import SourceError, UnsupportedError, shown
 from .byte_level import merge_table, missing_bytes, spelt_bytes, split_merges
 from .settings import Settings, with_roles
 from .special_tokens import AddedToken, Ends, added_token, header_entry, unique_tokens
@@ -57,7 +57,7 @@ class ByteLevelBPE:
             return self
         token = next((t for t in self.added.values() if t.text == text), None)
         if token is None and text not in self.ids:
-            raise SourceError(path, f"names the token {text!r}, which the vocabulary does not have")
+            raise SourceError(path, f"names the token {shown(text)}, which the vocabulary does not have")
         marked = replace(token, special=True) if token else AddedToken(self.ids[text], text, special=True)
         tokens = list(self.tokens)
         tokens[marked.id] = b""
@@ -113,12 +113,12 @@ def assemble(
     """
     for token in added.values():
         if ids.get(token.text, token.id) != token.id:
-            raise SourceError(path, f"token {token.text!r} has the ids {ids[token.text]} and {token.id}")
+            raise SourceError(path, f"token {shown(token.text)} has the ids {ids[token.text]} and {token.id}")
     spelt: dict[int, str] = {}
     for text, i in ids.items():
         if i in spelt or (i in added and added[i].text != text):
             other = spelt.get(i) or added[i].text
-            raise SourceError(path, f"id {i} is both {other!r:.60} and {text!r:.60}")
+            raise SourceError(path, f"id {i} is both {shown(other)} and {shown(text)}")
         spelt[i] = text
     size = len({*spelt, *added, *unused})
     if not 0 < size <= MAX_TOKENS:
@@ -166,14 +166,14 @@ def refuse_made_controls(path: Path, added: Mapping[int, AddedToken], merges: np
     made = set(merges.ravel().tolist())
     for token in added.values():
         if token.special and token.id in made:
-            raise SourceError(path, f"the control token {token.text!r} takes part in merges of plain text")
+            raise SourceError(path, f"the control token {shown(token.text)} takes part in merges of plain text")
 
 
 def _unk_id(path: Path, ids: Mapping[str, int], unk: Any, fuse: bool) -> int | None:
     if unk in (None, ""):
         return None
     if unk not in ids:
-        raise SourceError(path, f'"unk_token" is {unk!r:.60}, which is not a token')
+        raise SourceError(path, f'"unk_token" is {shown(unk)}, which is not a token')
     if fuse:
         raise UnsupportedError(path, "fuse_unk is set, which is not supported")
     return ids[unk]
@@ -184,7 +184,7 @@ def _vocabulary(path: Path, vocab: Any) -> dict[str, int]:
         raise SourceError(path, 'has no "vocab" {token: id}')
     for text, token in vocab.items():
         if type(token) is not int or token < 0:
-            raise SourceError(path, f"token {text!r:.60} has id {token!r:.60}, expected an integer from 0 on")
+            raise SourceError(path, f"token {shown(text)} has id {shown(token)}, expected an integer from 0 on")
     return vocab
 
 
@@ -200,7 +200,7 @@ def _refuse_steps(path: Path, raw: Mapping[str, Any], model: Mapping[str, Any]) 
             raise UnsupportedError(path, f"decoder {_name(step)}; supported is ByteLevel")
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
-            raise UnsupportedError(path, f"{key} is {model[key]!r:.60}; supported is none")
+            raise UnsupportedError(path, f"{key} is {shown(model[key])}; supported is none")
 
 
 def _pre_tokenizer(path: Path, raw: Any) -> str:
@@ -217,7 +217,7 @@ def _pre_tokenizer(path: Path, raw: Any) -> str:
 
 def _describe(step: dict[str, Any]) -> str:
     settings = {k: v for k, v in step.items() if k != "type"}
-    return f"{_name(step)}({', '.join(f'{k}={v!r:.200}' for k, v in settings.items())})"
+    return f"{_name(step)}({', '.join(f'{k}={shown(v)}' for k, v in settings.items())})"
 
 
 def bos_of_post_processor(path: Path, raw: Mapping[str, Any]) -> int | None:
@@ -249,7 +249,7 @@ def _bos_of_template(path: Path, step: Mapping[str, Any]) -> int | None:
     except (KeyError, TypeError, ValueError) as exc:
         raise SourceError(path, "the post-processor's template names a token that it does not describe") from exc
     if type(token) is not int:
-        raise SourceError(path, f"the post-processor's token has id {token!r:.60}, expected an integer")
+        raise SourceError(path, f"the post-processor's token has id {shown(token)}, expected an integer")
     return token
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import SourceError, UnsupportedError
+from ..errors import SourceError, UnsupportedError, shown
 from ..sources.source import read_json
 from .special_tokens import AddedToken, added_token, unique_tokens
 
@@ -92,7 +92,7 @@ def _optional(path: Path) -> dict[str, Any]:
 def _flag(path: Path, raw: Mapping[str, Any], key: str) -> bool | None:
     value = raw.get(key)
     if value is not None and not isinstance(value, bool):
-        raise SourceError(path, f'"{key}" is {value!r:.60}, expected true, false or null')
+        raise SourceError(path, f'"{key}" is {shown(value)}, expected true, false or null')
     return value
 
 
@@ -100,7 +100,7 @@ def _text(path: Path, raw: Mapping[str, Any], key: str) -> str | None:
     value = raw.get(key)
     text = value.get("content") if isinstance(value, dict) else value
     if text is not None and not isinstance(text, str):
-        raise SourceError(path, f'"{key}" is {value!r:.60}, expected the text of a token')
+        raise SourceError(path, f'"{key}" is {shown(value)}, expected the text of a token')
     return text or None
 
 
@@ -115,7 +115,7 @@ def _ids(path: Path, raw: Mapping[str, Any], key: str) -> list[int]:
     value = raw.get(key)
     ids = [] if value is None else value if isinstance(value, list) else [value]
     if not all(type(i) is int and i >= 0 for i in ids):
-        raise SourceError(path, f'"{key}" is {value!r:.60}, expected a token id or a list of them')
+        raise SourceError(path, f'"{key}" is {shown(value)}, expected a token id or a list of them')
     return ids
 
 
@@ -125,8 +125,8 @@ def _listed(path: Path, decoder: Any, older: Path) -> dict[int, AddedToken]:
         entries = [(i, {"content": text, "special": True}) for text, i in _optional(older).items()]
         return unique_tokens(older, [added_token(older, i, entry) for i, entry in entries])
     if not isinstance(decoder, dict):
-        raise SourceError(path, f'"added_tokens_decoder" is {decoder!r:.60}, expected {{id: token}}')
+        raise SourceError(path, f'"added_tokens_decoder" is {shown(decoder)}, expected {{id: token}}')
     wrong = next((key for key in decoder if not (key.isascii() and key.isdigit() and len(key) < 9)), None)
     if wrong is not None:
-        raise SourceError(path, f'"added_tokens_decoder" has the id {wrong!r:.60}, expected a number')
+        raise SourceError(path, f'"added_tokens_decoder" has the id {shown(wrong)}, expected a number')
     return unique_tokens(path, [added_token(path, int(key), entry) for key, entry in decoder.items()])

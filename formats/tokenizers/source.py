@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import SourceError, UnsupportedError
+from ..errors import SourceError, UnsupportedError, shown
 from ..sources.source import read_json
 from .byte_level import all_splits, is_rank_file, read_ranks
 from .gguf import tokenizer_from_gguf
@@ -84,7 +84,7 @@ def tokenizer_from_hf(folder: Path) -> Tokenizer:
             message = f"has {len(tokens)} tiktoken ranks; only Llama 3's {LLAMA3_RANKS} come with a known pattern"
             raise UnsupportedError(models[0], message)
         return from_ranks(models[0], tokens, settings)
-    raise SourceError(models[0], f"starts with {data[:16]!r}, expected tiktoken ranks or a SentencePiece model")
+    raise SourceError(models[0], f"starts with {shown(data[:16])}, expected tiktoken ranks or a SentencePiece model")
 
 
 # ---- byte-level BPE and tiktoken ------------------------------------------------------------------------
@@ -147,10 +147,10 @@ def _from_sentencepiece(path: Path, model: bytes, settings: Settings) -> Tokeniz
     ids = {p.text: i for i, p in enumerate(pieces)}
     for token in settings.listed.values():
         if ids.get(token.text, token.id) != token.id:
-            message = f"gives {token.text!r} the id {token.id}, the model {ids[token.text]}"
+            message = f"gives {shown(token.text)} the id {token.id}, the model {ids[token.text]}"
             raise SourceError(settings.path, message)
         if token.id < len(pieces) and pieces[token.id].text != token.text:
-            message = f"calls id {token.id} {token.text!r}, the model calls it {pieces[token.id].text!r}"
+            message = f"calls id {token.id} {shown(token.text)}, the model calls it {shown(pieces[token.id].text)}"
             raise SourceError(settings.path, message)
     controls = {i: AddedToken(i, p.text, special=True) for i, p in enumerate(pieces) if p.type in (CONTROL, UNKNOWN)}
     added = with_roles({**settings.listed, **controls}, settings)
@@ -184,7 +184,7 @@ def _ends(added: Mapping[int, AddedToken], settings: Settings, bos_id: int | Non
 def _role(added: Mapping[int, AddedToken], settings: Settings, text: str | None) -> int | None:
     token = _id_of(added, text)
     if token is None and text is not None:
-        raise SourceError(settings.path, f"names the token {text!r:.60}, which the vocabulary does not have")
+        raise SourceError(settings.path, f"names the token {shown(text)}, which the vocabulary does not have")
     return token
 
 

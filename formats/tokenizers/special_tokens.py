@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import SourceError, UnsupportedError
+from ..errors import SourceError, UnsupportedError, shown
 from .vocab import MAX_TOKENS
 
 # Tokens that end an answer under any of these names, besides those that the checkpoint calls end tokens.
@@ -55,18 +55,18 @@ def added_token(path: str | os.PathLike[str], token: Any, entry: Any) -> AddedTo
     Raises SourceError, UnsupportedError (single_word).
     """
     if type(token) is not int or token < 0 or not isinstance(entry, dict):
-        raise SourceError(path, f"an added token has id {token!r:.60}, expected an integer and a description")
+        raise SourceError(path, f"an added token has id {shown(token)}, expected an integer and a description")
     text = entry.get("content")
     if not isinstance(text, str) or not 0 < len(text) <= MAX_TEXT_CHARS:
-        message = f"added token {token} is {text!r:.60}, expected a text of 1 to {MAX_TEXT_CHARS} characters"
+        message = f"added token {token} is {shown(text)}, expected a text of 1 to {MAX_TEXT_CHARS} characters"
         raise SourceError(path, message)
     flags = {key: entry.get(key, False) for key in FLAGS}
     wrong = [key for key, value in flags.items() if not isinstance(value, bool)]
     if wrong:
-        message = f"added token {token}: {wrong[0]} is {flags[wrong[0]]!r:.60}, expected true or false"
+        message = f"added token {token}: {wrong[0]} is {shown(flags[wrong[0]])}, expected true or false"
         raise SourceError(path, message)
     if flags.pop("single_word"):
-        raise UnsupportedError(path, f"added token {text!r} has single_word set, which is not supported")
+        raise UnsupportedError(path, f"added token {shown(text)} has single_word set, which is not supported")
     return AddedToken(token, text, **flags)
 
 
@@ -77,9 +77,9 @@ def unique_tokens(path: str | os.PathLike[str], tokens: Iterable[AddedToken]) ->
     for token in tokens:
         other = out.get(token.id)
         if other is not None and other.text != token.text:
-            raise SourceError(path, f"id {token.id} is both {other.text!r} and {token.text!r}")
+            raise SourceError(path, f"id {token.id} is both {shown(other.text)} and {shown(token.text)}")
         if texts.setdefault(token.text, token.id) != token.id:
-            raise SourceError(path, f"token {token.text!r} has the ids {texts[token.text]} and {token.id}")
+            raise SourceError(path, f"token {shown(token.text)} has the ids {texts[token.text]} and {token.id}")
         out[token.id] = token
     return out
 

@@ -14,6 +14,8 @@ import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from ..errors import shown
+
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 BPE = 2
 SPACE = "\u2581"
@@ -175,9 +177,9 @@ def _piece(message: int | bytes) -> Piece:
         elif number == 3 and isinstance(value, int):
             kind = value
     if not text or not NORMAL <= kind <= BYTE:
-        raise ValueError(f"a piece {text!r} of type {kind}")
+        raise ValueError(f"a piece {shown(text)} of type {kind}")
     if kind == BYTE and not _BYTE_PIECE.fullmatch(text):
-        raise ValueError(f"a byte piece called {text!r}")
+        raise ValueError(f"a byte piece called {shown(text)}")
     return Piece(text, score, kind)
 
 

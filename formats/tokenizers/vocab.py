@@ -29,7 +29,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from formats.errors import TensorError
+from formats.errors import TensorError, shown
 
 MAGIC = b"TRITVOC1"
 MAX_TOKENS = 1 << 24
@@ -85,7 +85,7 @@ def unpack_vocab(blob: bytes, path: str | os.PathLike[str], tensor: str = VOCAB_
         raise bad(f"the vocabulary has {len(blob)} bytes, its header alone needs {_HEAD.size}")
     magic, n_tokens, n_merges = _HEAD.unpack_from(blob)
     if magic != MAGIC:
-        raise bad(f"the vocabulary starts with {magic!r}, expected {MAGIC!r}")
+        raise bad(f"the vocabulary starts with {shown(magic)}, expected {MAGIC!r}")
     if not 0 < n_tokens <= MAX_TOKENS:
         raise bad(f"the vocabulary claims {n_tokens} tokens, expected 1 to {MAX_TOKENS}")
     start = _HEAD.size + 4 * (n_tokens + 1) + 12 * n_merges

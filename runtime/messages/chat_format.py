@@ -14,6 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from formats.errors import shown
+
 from .chat_pieces import (
     BOS,
     EOS,
@@ -213,7 +215,7 @@ def select_format(chat: Mapping[str, Any], name: str | None = None, jinja: bool 
         return own
     if wanted is not None:
         if wanted not in FORMATS:
-            raise ChatFormatError(f"unknown chat format {wanted!r}; known are {', '.join(FORMATS)}")
+            raise ChatFormatError(f"unknown chat format {shown(wanted)}; known are {', '.join(FORMATS)}")
         return FORMATS[wanted](system=None if name else _text_in(chat, "system"))
     if template:
         raise ChatFormatError(
@@ -226,7 +228,7 @@ def select_format(chat: Mapping[str, Any], name: str | None = None, jinja: bool 
 def _text_in(chat: Mapping[str, Any], key: str) -> str | None:
     value = chat.get(key)
     if value is not None and not isinstance(value, str):
-        raise ChatFormatError(f"the file's chat.{key} is {value!r:.40}, expected a text; convert it again")
+        raise ChatFormatError(f"the file's chat.{key} is {shown(value)}, expected a text; convert it again")
     return value
 
 

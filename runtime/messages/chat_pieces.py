@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from formats.errors import shown
+
 from .tool_calls import write_call
 
 if TYPE_CHECKING:
@@ -62,10 +64,10 @@ def _check_message(message: Any, where: str) -> Message:
     if isinstance(message, Message):
         return message
     if not isinstance(message, Mapping):
-        raise ChatFormatError(f'{where} must be {{"role": ..., "content": ...}}, got {message!r:.40}')
+        raise ChatFormatError(f'{where} must be {{"role": ..., "content": ...}}, got {shown(message)}')
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
-        raise ChatFormatError(f"{where}: the role must be one of {', '.join(ROLES)}, got {role!r}")
+        raise ChatFormatError(f"{where}: the role must be one of {', '.join(ROLES)}, got {shown(role)}")
     known = {"assistant": ("tool_calls",), "tool": ("tool_call_id",)}.get(role, ())
     extra = [str(key) for key, value in message.items() if value and key not in ("role", "content", "name", *known)]
     if extra:

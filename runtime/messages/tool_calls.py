@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from formats.errors import shown
+
 from ..sampler import OptionError
 
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -46,7 +48,7 @@ def read_tools(tools: Any, choice: Any) -> Tools | None:
     if isinstance(choice, Mapping):
         functions = [function for function in functions if function["name"] == _named(choice)]
         if not functions:
-            raise OptionError(f"tool_choice names {_named(choice)!r}, which is not among the tools")
+            raise OptionError(f"tool_choice names {shown(_named(choice))}, which is not among the tools")
     schema = None if choice in (None, "auto") else {"anyOf": [_call_schema(function) for function in functions]}
     return Tools(names, text, schema)
 
