@@ -18,6 +18,7 @@ COMMANDS = {
     "perplexity": ("tools.perplexity", "measure how well a model predicts a text"),
     "needle": ("tools.needle", "test whether a fact in a long context is found again"),
     "compare": ("tools.compare", "compare files of one model, in a table and a picture"),
+    "sample": ("tools.sample", "have a model write texts to calibrate with"),
     "learn_kv": ("tools.learn_kv", "learn a compression of the KV cache"),
     "make_checkpoint": ("tools.make_checkpoint", "write a checkpoint of true size with random weights"),
     "warmup": ("runtime.warmup", "compile and test the kernels now"),

@@ -27,6 +27,7 @@ from .streams import Forward, product
 WINDOWS = 2  # of the calibration text that are looked at
 ROLES = (*ATTENTION.inputs, ATTENTION.output, *MLP.inputs, MLP.output)
 ROWS = 64  # tokens whose logits are there at a time
+TABLE_ROWS = 2048  # of the embeddings, read at a time
 
 Matrices = Mapping[str, np.ndarray]
 Biases = Mapping[str, np.ndarray | None]
@@ -84,10 +85,14 @@ def measure_effects(
 
 def embedded(source: Source, windows: np.ndarray) -> np.ndarray:
     """Look up the embeddings of tokens: (tokens, dim) float32."""
-    table = source.tensors["tok_embeddings"]
-    ids, rows = np.unique(windows, return_inverse=True)
-    used = np.concatenate([table.read_rows(int(i), int(i) + 1) for i in ids]).astype(np.float32)
-    return used[rows.reshape(-1)]
+    table, ids = source.tensors["tok_embeddings"], windows.reshape(-1)
+    x = np.empty((len(ids), table.shape[1]), np.float32)
+    for start in range(0, table.shape[0], TABLE_ROWS):
+        found = np.flatnonzero((ids >= start) & (ids < start + TABLE_ROWS))
+        if len(found):
+            rows = table.read_rows(start, min(start + TABLE_ROWS, table.shape[0]))
+            x[found] = rows[ids[found] - start]
+    return x
 
 
 def _read_layer(source: Source, i: int, depth: int, encode: Encode) -> tuple[Matrices, Matrices, Biases, Matrices]:

@@ -87,9 +87,9 @@ class Calibration:
     def _embed(self) -> Streams:
         """Begin both streams with the embeddings of the text."""
         streams = self._streams(0)
-        for i, window in enumerate(self._windows):
-            for stream in streams:
-                stream.write(i * len(window), embedded(self._source, window))
+        x = embedded(self._source, self._windows)
+        for stream in streams:
+            stream.write(0, x)
         return streams
 
     def _layer(self, i: int, before: Streams) -> Streams:
