@@ -207,6 +207,29 @@ class Model:
             return None
         return out[0] if logits == "last" else out
 
+    def embed(self, ids: np.ndarray) -> np.ndarray:
+        """What the first block is given. ids: (n,) integers; returns: (n, dim) float32"""
+        return dequantize_rows(self.embeddings, ids)
+
+    def run_blocks(self, x: np.ndarray, cache: KVRing, blocks: range) -> None:
+        """Run some of the transformer blocks alone, from an empty context. x: (n, dim) float32, changed in place
+
+        Their keys and values are written into the ring, which stays empty nevertheless."""
+        with self._lock:
+            self.kernels.use_threads(self._threads_batch)
+            s = self._begin(np.zeros(len(x), np.int64), cache)
+            s.x[:] = x
+            self._blocks(s, cache, blocks=blocks)
+            x[:] = s.x
+
+    def scores(self, x: np.ndarray) -> np.ndarray:
+        """Score what may follow, given what the last block gave. x: (n, dim) float32; returns: (n, vocab_size)"""
+        scores, normed = np.empty((len(x), self.config.vocab_size), np.float32), np.empty_like(x)
+        with self._lock:
+            self.kernels.rmsnorm(x, self.norm, self.config.norm_eps, normed)
+            self.output(normed, (scores,))
+        return scores
+
     def _begin(self, ids: np.ndarray, cache: KVRing) -> RunState:
         """Fill the buffers for one chunk: embeddings, and the turns of its positions."""
         n = len(ids)
@@ -227,10 +250,11 @@ class Model:
         self._blocks(self._one, cache)
         self._classify(self._one, self._scores)
 
-    def _blocks(self, s: RunState, cache: KVRing, cancel: Signal | None = None) -> None:
-        """Run the transformer blocks on one chunk; its keys and values go into the ring."""
+    def _blocks(self, s: RunState, cache: KVRing, cancel: Signal | None = None, blocks: range | None = None) -> None:
+        """Run the transformer blocks, or some, on one chunk; its keys and values go into the ring."""
         ops, eps = self.kernels, self.config.norm_eps
-        for i, layer in enumerate(self.layers):
+        for i in range(len(self.layers)) if blocks is None else blocks:
+            layer = self.layers[i]
             _check(cancel)
             ops.rmsnorm(s.x, layer.attention_norm, eps, s.xb)
             layer.wqkv(s.xb, (s.q, s.k, s.v))
@@ -287,3 +311,4 @@ def check_tensors(file: TritFile, config: ModelConfig) -> None:
             raise TensorError(file.path, f"has shape {list(found.shape)}, the config calls for {list(shape)}", name)
         if found.codec == "u8":
             raise TensorError(file.path, "has codec u8, which holds bytes and no weights", name)
+        found.check_range()

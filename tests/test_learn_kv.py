@@ -11,14 +11,18 @@ import pytest
 
 from formats.container import open_trit
 from formats.conversion.convert import convert
-from formats.kv_modules import read_kv_modules
+from formats.kv_modules import KVModule, read_kv_modules
 from formats.sources.source import open_source
 from formats.writer import TritWriter
 from runtime import Llama
+from runtime.evaluate import log_softmax
 from runtime.model import Model
+from runtime.progress import Bar
+from runtime.tokenizer import load_tokenizer
 from tests import tiny
 from tools import kv_fit
 from tools.kv_statistics import SINKS, collect
+from tools.kv_trial import Judge, Learned, install
 from tools.learn_kv import main
 
 WIDTH, RANK = 32, 12
@@ -180,3 +184,35 @@ def test_bad_arguments(
     assert main([str(arg) for arg in args]) == 2
     error = capsys.readouterr().err
     assert message in error and len(error.splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
+def test_damage_is_the_divergence_of_whole_runs(model: Path, text: Path) -> None:
+    """What single layers cost, measured from the layer on, is what runs of the whole model give."""
+    loaded = Model.load(model, "numpy", activations="f32", kv="f32")
+    ids = np.array(load_tokenizer(loaded.file).encode(text.read_text())[:64]).reshape(2, 32)
+    rng = np.random.default_rng(3)
+    trials = {}
+    for layer in (0, 1):
+        parts = kv_fit.fit(random_psd(rng, WIDTH), np.eye(WIDTH), np.zeros(WIDTH)).parts(RANK)
+        trials[layer] = Learned(KVModule(layer, "v", RANK, biases=("decoder",)), parts)
+    damage = Judge(loaded, list(ids), 2, "f32").damage(trials)
+    base = [log_softmax(loaded.forward(window[:-1], loaded.new_cache(32), "all")) for window in ids]
+    for layer, trial in trials.items():
+        install(loaded, [trial])
+        kl = []
+        for window, p in zip(ids, base, strict=True):
+            q = log_softmax(loaded.forward(window[:-1], loaded.new_cache(32), "all"))
+            kl.append((np.exp(p) * (p - q)).sum(axis=1).mean())
+        install(loaded, [])
+        assert damage[layer] == pytest.approx(np.mean(kl), rel=1e-3) and damage[layer] > 1e-4
+
+
+def test_far_work_is_told_without_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter([0.0, 1.0, 16.0, 17.0, 40.0])
+    monkeypatch.setattr("runtime.progress.time.monotonic", lambda: next(clock))
+    bar = Bar("reading", unit="window", enabled=False, lines=True)
+    for done in range(1, 5):
+        bar(done, 4)
+    assert capsys.readouterr().err == "reading: 2 of 4 windows, 16 s\nreading: 4 of 4 windows, 40 s\n"

@@ -18,6 +18,7 @@ Floats = npt.NDArray[np.float32]
 Progress = Callable[[int, int, str], None]
 
 SINKS = 4  # first tokens of a window: their keys and values are like no others, and stand for themselves
+ROWS = 128  # tokens whose attention is computed at a time
 
 
 class Moments:
@@ -105,22 +106,26 @@ def _watched(model: Model, see: Callable[[Floats, int], None]) -> Iterator[None]
 def _add(moments: LayerMoments, config: ModelConfig, q: Floats, ring: KVRing, layer: int) -> None:
     """Take in one window. q: (n, n_heads * head_dim) float32, of a ring that holds these n tokens alone"""
     n, heads, head_dim = len(q), config.n_kv_heads, config.head_dim
-    slots, later = ring.slot(np.arange(n)), np.triu(np.full((n, n), -np.inf, np.float32), 1)
+    slots = ring.slot(np.arange(n))
     keys, values = ring.layers[layer].keys.read(slots), ring.layers[layer].values.read(slots)
     queries = q.reshape(n, heads, -1, head_dim).transpose(1, 2, 0, 3)
     together = values.transpose(1, 0, 2).reshape(n, -1)
     for head, moment in enumerate(moments.queries):
         moment.add(queries[head, :, SINKS:].reshape(-1, head_dim))
         for one in queries[head]:
-            moments.values.add(_weights(one, keys[head], later)[SINKS:] @ together)
+            for start in range(0, n, ROWS):
+                averages = _weights(one[start : start + ROWS], keys[head], start) @ together[: start + ROWS]
+                moments.values.add(averages[max(0, SINKS - start) :])
     moments.keys.add(keys.transpose(1, 0, 2).reshape(n, -1)[SINKS:])
 
 
-def _weights(q: Floats, keys: Floats, later: Floats) -> Floats:
-    """Attention of one head. q, keys: (n, head_dim) float32; later: (n, n), -inf where a token comes later"""
-    scores = q @ keys.T
+def _weights(q: Floats, keys: Floats, start: int) -> Floats:
+    """Attention of some tokens of one head, from position `start` on, to all that are not later than the last of them.
+
+    q: (n, head_dim) float32; keys: (more, head_dim); returns: (n, start + n)"""
+    scores = q @ keys[: start + len(q)].T
     scores /= np.float32(np.sqrt(q.shape[1]))
-    scores += later
+    scores[:, start:] += np.triu(np.full((len(q), len(q)), -np.inf, np.float32), 1)
     np.exp(scores - scores.max(axis=1, keepdims=True), out=scores)
     scores /= scores.sum(axis=1, keepdims=True)
     return scores

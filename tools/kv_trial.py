@@ -15,6 +15,7 @@ from formats.codecs import CODECS
 from formats.container import Tensor
 from formats.kv_modules import KVModule
 from runtime.model import Model
+from runtime.ring.cache import KVRing
 from runtime.ring.projections import Projections
 
 Floats = npt.NDArray[np.float32]
@@ -53,9 +54,9 @@ def install(model: Model, learned: Sequence[Learned]) -> None:
 
 
 class Judge:
-    """Compares a model with what it was before: on windows of a text, the second half of each.
+    """Compares a model with what it was before, on windows of a text.
 
-    The first windows' predictions are kept, to measure divergence; of the others only the losses are.
+    The first windows' predictions are kept, to measure divergence; of all of them the losses of the second half are.
     kept: number of windows whose predictions are kept; kv: codec of the caches
     """
 
@@ -63,18 +64,31 @@ class Judge:
         self._model, self._windows, self._kv = model, windows, kv
         self._half = len(windows[0]) // 2
         install(model, [])
-        self._base = [_probabilities(self._logits(window)) for window in windows[:kept]]
+        self._base = [_probabilities(self._finish(model.embed(window[:-1]), 0)) for window in windows[:kept]]
         self._loss = self._mean_loss(None)
 
-    def divergence(self, learned: Sequence[Learned]) -> float:
-        """Mean KL divergence of the predictions with these modules from those without."""
-        install(self._model, learned)
-        found = []
-        for window, (probabilities, entropy) in zip(self._windows, self._base, strict=False):
-            logits = self._logits(window)
-            expected = (probabilities * logits).sum(axis=1, dtype=np.float64)
-            found.append(_log_sum_exp(logits) - expected - entropy)
-        return float(np.mean(found))
+    def damage(
+        self, trials: Mapping[int, Learned], progress: Callable[[int, int, str], None] | None = None
+    ) -> dict[int, float]:
+        """Mean KL divergence of the predictions with each of these modules alone from those without. trials: by layer
+
+        What comes before a layer is not changed by its module and is run once for all of them."""
+        model = self._model
+        states = [model.embed(window[:-1]) for window in self._windows[: len(self._base)]]
+        found = {}
+        for layer in range(max(trials) + 1):
+            if layer in trials:
+                install(model, [trials[layer]])
+                found[layer] = float(np.mean([
+                    _divergence(self._finish(states[i].copy(), layer), *self._base[i])
+                    for i in range(len(states))
+                ]))  # fmt: skip
+                if progress is not None:
+                    progress(len(found), len(trials), "")
+            install(model, [])
+            for x in states:
+                model.run_blocks(x, self._ring(len(x)), range(layer, layer + 1))
+        return found
 
     def increase(self, learned: Sequence[Learned], progress: Callable[[int, int, str], None] | None = None) -> float:
         """By how much these modules raise the perplexity of all windows: 0.03 is 3 %."""
@@ -92,11 +106,21 @@ class Judge:
 
     def _logits(self, window: Ids) -> Floats:
         """Scores of what follows each token of the second half but the last: (n, vocab_size) float32"""
-        cache = self._model.new_cache(len(window), n_batch=len(window), kv=self._kv)
-        self._model.forward(window[: self._half], cache, None)
-        logits = self._model.forward(window[self._half : -1], cache, "all")
-        assert logits is not None
-        return logits
+        return self._finish(self._model.embed(window[:-1]), 0, self._half)
+
+    def _finish(self, x: Floats, first: int, start: int = 0) -> Floats:
+        """Scores from what the blocks from `first` on make of x, which they change, from position `start` on."""
+        self._model.run_blocks(x, self._ring(len(x)), range(first, len(self._model.layers)))
+        return self._model.scores(x[start:])
+
+    def _ring(self, n: int) -> KVRing:
+        return self._model.new_cache(n, n_batch=n, kv=self._kv)
+
+
+def _divergence(logits: Floats, probabilities: Floats, entropy: npt.NDArray[np.float64]) -> float:
+    """Mean KL divergence of predictions from those of the base."""
+    expected = (probabilities * logits).sum(axis=1, dtype=np.float64)
+    return float(np.mean(_log_sum_exp(logits) - expected - entropy))
 
 
 def _log_sum_exp(logits: Floats) -> npt.NDArray[np.float64]:

@@ -36,7 +36,7 @@ from tools.perplexity import read_text
 Fits = dict[int, kv_fit.Fit]  # by layer
 
 HELD_OUT = 8  # windows that no covariance is taken from, at most
-TRIED = 4  # of them, those that single layers are tried on
+TRIED = 2  # of them, those that single layers are tried on: at all positions, which tell enough
 MIN_WINDOWS = 4
 
 
@@ -135,19 +135,17 @@ def within(
 
 def learn(task: Task, learning: Sequence[Ids], held_out: Sequence[Ids], args: argparse.Namespace) -> dict[str, Any]:
     """Do what the arguments say on a loaded model; returns what is told, with the modules under "learned"."""
-    with Bar("reading", unit="window") as bar:
+    with Bar("reading", unit="window", lines=True) as bar:
         moments = collect(task.model, learning, bar)
     layers = task.layers if isinstance(task.layers, list) else range(len(task.model.layers))
     fits = {layer: fit_layer(task, layer, moments[layer]) for layer in layers}
     del moments
     tried = task.rank or max(task.step, task.width // 2 // task.step * task.step)
     judge = Judge(task.model, held_out, TRIED, task.kv)
-    damage = {}
-    with Bar("layers", unit="layer") as bar:
-        for layer in layers:
-            damage[layer] = judge.divergence(task.learned(fits, {layer: tried}))
-            bar(len(damage), len(layers))
-    with Bar("choosing", unit="window") as bar:
+    trials = {layer: task.learned(fits, {layer: tried})[0] for layer in layers}
+    with Bar("trying layers", unit="layer", lines=True) as bar:
+        damage = judge.damage(trials, bar)
+    with Bar("choosing", unit="window", lines=True) as bar:
         if args.max_ppl_increase is not None:
             ranks = within(task, judge, fits, damage, tried, args.max_ppl_increase, bar)
         else:
