@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from .codecs import CODECS, align, part_spans
+from .codecs import CODECS, align, beyond_range, part_spans
 from .errors import ChecksumError, FormatError, TensorError, TruncatedFileError
 from .header import Entry, checked_span, read_header
 from .writer import TritWriter as TritWriter
@@ -38,6 +38,14 @@ class Tensor:
     nbytes: int
     crc32: int
     path: str
+
+    def check_range(self) -> None:
+        """Refuse values with which sums would overflow. Reads scales and vectors only, not the weights themselves.
+
+        Raises TensorError.
+        """
+        for problem in beyond_range(self.codec, self.shape, self.params, self.parts):
+            raise TensorError(self.path, f"{problem}; convert the model again", self.name)
 
 
 def dequantize(tensor: Tensor) -> np.ndarray:
@@ -158,6 +166,7 @@ class TritFile:
     def _value_problems(self, tensor: Tensor) -> Iterator[str]:
         codec = CODECS[tensor.codec]
         yield from codec.problems(tensor.parts, tensor.shape, tensor.params)
+        yield from beyond_range(tensor.codec, tensor.shape, tensor.params, tensor.parts)
         end = 0
         for key, (offset, nbytes) in part_spans(tensor.codec, tensor.shape, tensor.params).items():
             if any(self._bytes(tensor.offset + end, tensor.offset + offset)):

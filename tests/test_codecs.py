@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from formats import CODECS
-from formats.codecs import nf4, part_spans, payload_nbytes, trit
+from formats import CODECS, TensorError, TritWriter, open_trit
+from formats.codecs import beyond_range, nf4, part_spans, payload_nbytes, trit
 from formats.codecs.base import from_bf16, round_to, to_bf16
 
 DEPTHS = (1, 2, 3, 4)
@@ -499,3 +499,28 @@ def test_nf4_quantises_to_the_bytes_of_bitsandbytes(case):
         params = {"block": meta["blocksize"], "nested_block": nested}
         scales, wanted = nf4.block_scales(parts, params), nf4.block_scales(expected, params)
         assert np.allclose(scales, wanted, rtol=0.02, atol=1e-6)
+
+
+HUGE = 1e30
+
+
+def test_values_beyond_the_largest_are_refused_before_they_are_computed_with(tmp_path):
+    """Where float32 overflows, the order of a sum decides what comes out: no two backends would agree."""
+    w = np.random.default_rng(0).standard_normal((4, 64)).astype(np.float32)
+    plain = {"nested_block": 0}
+    cases = [("trit3", {}, "units"), ("nf4", plain, "absmax"), ("nf4", {}, "offset"), ("nf4", {}, "levels")]
+    with TritWriter(tmp_path / "m.trit", {}, [str(i) for i in range(len(cases) + 2)]) as writer:
+        for i, (codec, options, key) in enumerate(cases):
+            params, parts = CODECS[codec].quantize(w, **options)
+            assert not list(beyond_range(codec, w.shape, params, parts))
+            broken = parts[key].copy()
+            broken[0] = (HUGE, np.nan, -HUGE)[i % 3] if key != "units" else HUGE
+            writer.add(str(i), codec, w.shape, params, {**parts, key: broken})
+        writer.add(str(len(cases)), "f32", (2,), {}, {"values": np.array([1, -65537], np.float32)})
+        writer.add(str(len(cases) + 1), "f32", (2,), {}, {"values": np.array([65536, -65536], np.float32)})
+    with open_trit(tmp_path / "m.trit") as file:
+        *bad, good = file.tensors.values()
+        for tensor in bad:
+            with pytest.raises(TensorError, match=f"tensor {tensor.name}: has values up to .*none may exceed 65536"):
+                tensor.check_range()
+        good.check_range()

@@ -232,6 +232,15 @@ def test_values_beyond_float16_are_named(folder: Path, quant: str) -> None:
     to_trit(folder, "bf16")
 
 
+@pytest.mark.parametrize("name", [WQ, "norm"])
+@pytest.mark.parametrize("quant", ["trit3", "nf4"])
+def test_values_beyond_any_sum_are_named(folder: Path, quant: str, name: str) -> None:
+    with_values(folder, name, 1e8)
+    with pytest.raises(SourceError, match=r"may exceed 65536") as caught:
+        to_trit(folder, quant)
+    assert caught.value.tensor == HF_NAMES.theirs(name) and left(folder) == []
+
+
 def test_an_existing_file_stays_unless_told(folder: Path) -> None:
     out = folder.parent / "out.trit"
     out.write_bytes(b"precious")

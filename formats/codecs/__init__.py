@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from .base import Codec, Params, Shape
+from collections.abc import Iterator
+
+from .base import LARGEST, Codec, Params, Parts, Shape
 from .dense import ByteCodec, FloatCodec, Q8Codec
 from .nf4 import NF4Codec
 from .trit_codec import TritCodec
@@ -48,3 +50,10 @@ def payload_nbytes(codec: str, shape: Shape, params: Params) -> int:
     """Give the size of a payload: the parts and the padding between them, none after the last."""
     offset, nbytes = list(part_spans(codec, shape, params).values())[-1]
     return offset + nbytes
+
+
+def beyond_range(codec: str, shape: Shape, params: Params, parts: Parts) -> Iterator[str]:
+    """Say, if it is so, that values may be larger than any is allowed to be; only what they share is looked at."""
+    largest = CODECS[codec].largest(parts, shape, params)
+    if not largest <= LARGEST:
+        yield f"has values up to {largest:g}; none may exceed {LARGEST:g}"

@@ -18,6 +18,7 @@ Layout = dict[str, tuple[np.dtype, Shape]]
 DTYPES = ("float32", "float16", "bfloat16")
 # Elements worked on at a time: temporaries of a few megabytes, whatever the matrix.
 CHUNK = 1 << 18
+LARGEST = 65536.0  # no value is larger: products and sums of a whole model then stay within float32
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,13 @@ class Codec(ABC):
             if part.dtype.kind == "f" and not all_finite(part):
                 yield f"{key} holds NaN or infinity"
 
+    def largest(self, parts: Parts, shape: Shape, params: Params) -> float:
+        """Bound the magnitude of all values by the few numbers that they share; the default knows none: 0.
+
+        NaN if one of these is.
+        """
+        return 0.0
+
     def check_ndim(self, shape: Shape) -> None:
         if len(shape) not in self.ndims:
             wanted = " or ".join(str(n) for n in self.ndims)
@@ -149,6 +157,11 @@ def unfit(largest: np.ndarray | np.float32, dtype: str, codec: str) -> Iterator[
         check_fits(largest, dtype, codec)
     except ValueError as exc:
         yield str(exc)
+
+
+def magnitude(*parts: np.ndarray) -> float:
+    """The largest magnitude in some arrays; NaN if one holds NaN."""
+    return float(np.max([max(-float(part.min()), float(part.max())) for part in parts if part.size], initial=0))
 
 
 def check_ids(ids: np.ndarray, shape: Shape) -> None:

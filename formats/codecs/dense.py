@@ -19,6 +19,7 @@ from .base import (
     check_params,
     finite_rows,
     from_bf16,
+    magnitude,
     row_chunks,
     to_bf16,
 )
@@ -56,6 +57,9 @@ class FloatCodec(Codec):
         ids = np.asarray(ids)
         check_ids(ids, shape)
         return self._widen(parts["values"][ids])
+
+    def largest(self, parts: Parts, shape: Shape, params: Params) -> float:
+        return magnitude(self._widen(parts["values"])) if len(shape) == 1 else 0.0
 
     def problems(self, parts: Parts, shape: Shape, params: Params) -> Iterator[str]:
         flat = parts["values"].reshape(-1)

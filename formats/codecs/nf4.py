@@ -24,6 +24,7 @@ from .base import (
     check_ids,
     check_params,
     finite_span,
+    magnitude,
     round_to,
     unfit,
 )
@@ -163,6 +164,12 @@ class NF4Codec(Codec):
     def dequantize_range(self, parts: Parts, shape: Shape, params: Params, start: int, stop: int) -> np.ndarray:
         width = math.prod(shape[1:])
         return self._span(parts, params, start * width, stop * width).reshape(stop - start, *shape[1:])
+
+    def largest(self, parts: Parts, shape: Shape, params: Params) -> float:
+        scale = magnitude(parts["absmax"])
+        if params["nested_block"]:
+            scale = magnitude(parts["nested_levels"]) * magnitude(parts["nested_absmax"]) + magnitude(parts["offset"])
+        return magnitude(parts["levels"]) * scale
 
     def problems(self, parts: Parts, shape: Shape, params: Params) -> Iterator[str]:
         found = list(super().problems(parts, shape, params))

@@ -17,6 +17,7 @@ from .base import (
     Shape,
     check_fits,
     check_params,
+    magnitude,
     round_to,
     row_chunks,
     unfit,
@@ -33,7 +34,7 @@ from .trit import (
     unpack_range,
     unpack_rows,
 )
-from .trit_extras import extra_parts, extra_problems, put_exceptions, put_signs, split_params
+from .trit_extras import extra_parts, extra_problems, put_exceptions, put_signs, split_params, widen
 
 
 class TritCodec(Codec):
@@ -81,6 +82,10 @@ class TritCodec(Codec):
         if "exception_groups" in parts:
             put_exceptions(values, parts, shape, ids)
         return values
+
+    def largest(self, parts: Parts, shape: Shape, params: Params) -> float:
+        exceptions = widen(parts["exception_values"]) if "exception_values" in parts else np.zeros(0)
+        return max_level(self.depth) * magnitude(parts["units"], exceptions / max_level(self.depth))
 
     def problems(self, parts: Parts, shape: Shape, params: Params) -> Iterator[str]:
         units, flat = parts["units"], parts["blocks"].reshape(-1)

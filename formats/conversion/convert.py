@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ..codecs import CODECS, align
+from ..codecs import CODECS, align, beyond_range
 from ..codecs.base import Rows, Streamed
 from ..codecs.trit_codec import Encode, encode_reference
 from ..errors import SourceError
@@ -194,6 +194,10 @@ def _pack(items: Sequence[Planned], encode: Encode) -> list[Packed]:
                     packed[f"trit{depth}"] = depths[depth], {**parts}
             else:
                 packed[item.codec] = item, {**CODECS[item.codec].quantize(rows, **item.params)[1]}
+    for item, parts in packed.values():
+        arrays = {key: part for key, part in parts.items() if isinstance(part, np.ndarray)}
+        for problem in beyond_range(item.codec, item.shape, item.params, arrays) if len(arrays) == len(parts) else ():
+            raise SourceError(tensor.file, problem, tensor.theirs)
     return [packed[item.codec] for item in items]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..codecs import align, payload_nbytes
-from ..codecs.base import Rows, round_to, row_chunks
+from ..codecs.base import LARGEST, Rows, magnitude, round_to, row_chunks
 from ..codecs.trit_codec import Encode
 from ..errors import OptionError, SourceError, UnsupportedError, shown
 from ..kv_modules import module_tensors
@@ -242,6 +242,9 @@ def _exact_codec(tensor: SourceTensor) -> str:
     left = {"f16": "float16", "bf16": "bfloat16"}
     for start, stop in row_chunks(tensor.shape):
         values = read_checked(tensor, start, stop)
+        if magnitude(values) > LARGEST:
+            message = f"holds {magnitude(values):g}; no value of a .trit file may exceed {LARGEST:g}"
+            raise SourceError(tensor.file, message, tensor.theirs)
         left = {codec: dtype for codec, dtype in left.items() if np.array_equal(round_to(values, dtype), values)}
     return next(iter(left), "f32")
 
