@@ -312,4 +312,3 @@ def check_tensors(file: TritFile, config: ModelConfig) -> None:
         if found.codec == "u8":
             raise TensorError(file.path, "has codec u8, which holds bytes and no weights", name)
         found.check_range()
-        found.check_range()
