@@ -25,6 +25,12 @@ def weight_bytes_per_token(file: TritFile, config: ModelConfig) -> int:
     return total
 
 
+def weights_per_token(file: TritFile, config: ModelConfig) -> int:
+    """Weights of the matrices that decoding a token multiplies with: all, but not untied embeddings."""
+    matrices = [t for t in file.tensors.values() if len(t.shape) == 2 and not t.name.startswith("tokenizer.")]
+    return sum(t.shape[0] * t.shape[1] for t in matrices if config.tied_embeddings or t.name != "tok_embeddings")
+
+
 def scratch_bytes(config: ModelConfig, n_batch: int) -> int:
     """Bytes of the buffers that the forward pass fills for a chunk of n_batch tokens, and of a token's logits.
 

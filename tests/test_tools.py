@@ -256,7 +256,22 @@ def test_bench_table(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = in_process(capsys, "bench", folder / "f16.trit", *args)
     rows = [line for line in out.splitlines() if line.startswith("| f16.trit")]
     assert code == 0 and len(rows) == 2
-    assert all("tg2" in row and row.count("|") == 9 for row in rows)
+    assert all("tg2" in row and row.count("|") == 10 for row in rows)
+
+
+def test_bench_several_models(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Models are measured one after the other; weights per second and bits per weight fit their sizes."""
+    models, picture = [folder / "f16.trit", folder / "trit2.trit"], folder / "speed.png"
+    plot = ["--plot", picture] if find_spec("matplotlib") else []
+    args = ("-p", 0, "-n", 2, "-r", 1, "-t", 1, "--backend", "numpy", "--json", *plot)
+    code, out, _ = in_process(capsys, "bench", *models, *args)
+    found = json.loads(out)
+    assert code == 0 and [f["model"] for f in found] == ["f16.trit", "trit2.trit"]
+    f16, trit2 = found
+    assert f16["weights_per_token"] == trit2["weights_per_token"] > 0
+    assert 3 < trit2["bits_per_weight"] < 12 < f16["bits_per_weight"] < 17
+    assert f16["tg_gweights_s"] == pytest.approx(f16["weights_per_token"] * f16["tg"]["tok_s"] / 1e9)
+    assert not plot or picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_bench_takes_turns() -> None:
@@ -320,7 +335,8 @@ BAD: dict[str, tuple[str, ...]] = {
     "bench bad list": ("bench", "DIR/f16.trit", "-p", "8,x"),
     "bench nothing": ("bench", "DIR/f16.trit", "-p", "0", "-n", "0"),
     "bench too deep": ("bench", "DIR/f16.trit", "-d", "5000"),
-    "bench against nothing": ("bench", "DIR/f16.trit", "--against", "DIR/none.gguf"),
+    "bench peer missing": ("bench", "DIR/f16.trit", "--peers", "DIR/none.gguf"),
+    "bench too many peers": ("bench", "DIR/f16.trit", "--peers", "DIR/a.gguf", "DIR/b.gguf"),
     "bench bad backend": ("bench", "DIR/f16.trit", "--backend", "abacus"),
 }  # fmt: skip
 

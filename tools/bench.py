@@ -1,6 +1,8 @@
 """python -m tools.bench: tokens per second, for prompts (pp) and generation (tg), beside the speed of memory.
 
 The settings are llama-bench's: `-p 512 -n 128 -d DEPTH -r REPEATS -t THREADS`; lists have commas (`-t 1,2`).
+
+    python -m tools.bench trit4.trit nf4.trit --peers Q6_K.gguf Q4_0.gguf --plot out.png
 """
 
 from __future__ import annotations
@@ -22,8 +24,8 @@ from runtime import benchmark
 from runtime.cli import ArgumentParser, UserError, run
 from runtime.config import ModelConfig
 from runtime.model import Model
-from runtime.sizes import kv_bytes_per_token, weight_bytes_per_token
-from tools.arguments import add_model_arguments, natural_list, positive, positive_list
+from runtime.sizes import kv_bytes_per_token, weight_bytes_per_token, weights_per_token
+from tools.arguments import add_run_arguments, natural_list, path_name, positive, positive_list, require_matplotlib
 from tools.peers import LlamaCpp
 
 GIGA = 1e9
@@ -31,7 +33,8 @@ GIGA = 1e9
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this command to a parser."""
-    add_model_arguments(parser, threads=False)
+    parser.add_argument("models", nargs="+", type=path_name, metavar="FILE.trit", help="the models")
+    add_run_arguments(parser, threads=False)
     parser.add_argument("-p", "--n-prompt", type=natural_list, default=[512], metavar="N", help="prompt tokens (512)")
     parser.add_argument("-n", "--n-gen", type=natural_list, default=[128], metavar="N", help="tokens generated (128)")
     parser.add_argument(
@@ -44,23 +47,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("-t", "--threads", type=positive_list, metavar="N", help="threads (default: all cores allowed)")
     parser.add_argument("-r", "--repetitions", type=positive, default=5, metavar="N", help="repeats of each test (5)")
-    against_help = "run llama.cpp on this file in turn with ours; ratios are medians over the pairs"
-    parser.add_argument("--against", metavar="FILE.gguf", help=against_help)
+    peers_help = "run llama.cpp in turn with ours, a file for each model; ratios are medians over the pairs"
+    parser.add_argument(
+        "--peers", "--against", nargs="+", type=path_name, default=[], metavar="FILE.gguf", help=peers_help
+    )
+    plot_help = "draw tokens per second against bits per weight, and what memory allows"
+    parser.add_argument("--plot", type=path_name, metavar="OUT.png", help=plot_help)
     parser.add_argument("--json", action="store_true", help="print a JSON list, one object per setting")
 
 
-def check_lengths(args: argparse.Namespace) -> None:
-    """Raise UserError where a setting does not fit the model, before that is made ready."""
+def check(args: argparse.Namespace) -> None:
+    """Raise UserError where a setting does not fit, before a model is made ready."""
     longest = max(args.n_depth) + max(*args.n_prompt, *args.n_gen)
-    with open_trit(args.model) as file:
-        context = ModelConfig.from_dict(file.config, file.path).max_seq_len
-    if longest > context:
-        raise UserError(f"-d, -p and -n need {longest} tokens, but the model's context has {context}")
+    for model in args.models:
+        with open_trit(model) as file:
+            context = ModelConfig.from_dict(file.config, file.path).max_seq_len
+        if longest > context:
+            raise UserError(f"{model}: -d, -p and -n need {longest} tokens, but the model's context has {context}")
     if not max(args.n_prompt) and not max(args.n_gen):
         raise UserError("-p 0 and -n 0 leave nothing to measure")
+    if args.peers and len(args.peers) != len(args.models):
+        raise UserError(f"--peers names {len(args.peers)} files, and there are {len(args.models)} models: one for each")
+    if args.plot:
+        require_matplotlib()
+        if not max(args.n_gen):
+            raise UserError("--plot draws generation, and -n 0 leaves none")
 
 
-def measure(model: Model, threads: int, args: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(model: Model, peer: str | None, threads: int, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Run every combination of depth, prompt and generation lengths with one model."""
     bandwidth = benchmark.read_bandwidth(threads)
     about = describe(model, threads, args)
@@ -69,33 +83,34 @@ def measure(model: Model, threads: int, args: argparse.Namespace) -> list[dict[s
     for depth, n_prompt, n_gen in itertools.product(args.n_depth, args.n_prompt, args.n_gen):
         for what, n in (("pp", n_prompt), ("tg", n_gen)):
             if (what, n, depth) not in done:
-                done[what, n, depth] = timed(model, threads, args, what, n, depth) if n else [None, None]
+                repeats = args.repetitions
+                done[what, n, depth] = timed(model, peer, threads, repeats, what, n, depth) if n else [None, None]
         (pp, peer_pp), (tg, peer_tg) = done["pp", n_prompt, depth], done["tg", n_gen, depth]
         result = about | {"pp": pp, "tg": tg} | traffic(model, tg, n_gen, depth, bandwidth)
-        if args.against:
-            peer = Path(args.against)
-            size = peer.stat().st_size
-            result["against"] = {"model": peer.name, "model_bytes": size, "pp": peer_pp, "tg": peer_tg}
+        if peer:
+            file = Path(peer)
+            result["against"] = {"model": file.name, "model_bytes": file.stat().st_size, "pp": peer_pp, "tg": peer_tg}
         found.append(result)
     return found
 
 
 def timed(
-    model: Model, threads: int, args: argparse.Namespace, what: str, n: int, depth: int
+    model: Model, peer: str | None, threads: int, repeats: int, what: str, n: int, depth: int
 ) -> list[dict[str, Any] | None]:
     """Run one test. returns: the objects under "pp" or "tg" for the model and for what it is compared with"""
     ours = benchmark.Ours(model, n, depth)
     ids = benchmark.synthetic_ids(model, n)
-    if not args.against:
-        (speeds,) = benchmark.compare([ours], ids, what == "tg", args.repetitions)
+    if peer is None:
+        (speeds,) = benchmark.compare([ours], ids, what == "tg", repeats)
         return [as_json(speeds, n, depth), None]
-    peer = LlamaCpp(args.against, threads, depth + n, benchmark.synthetic_ids(model, depth))
+    other = LlamaCpp(peer, threads, depth + n, benchmark.synthetic_ids(model, depth), model.new_cache(2).codec)
     try:
-        speeds, theirs = benchmark.compare([ours, peer], ids, what == "tg", args.repetitions)
+        speeds, theirs = benchmark.compare([ours, other], ids, what == "tg", repeats)
     finally:
-        peer.close()
+        other.close()
     ratio = statistics.median(a / b for a, b in zip(speeds, theirs, strict=True))
-    return [as_json(speeds, n, depth), as_json(theirs, n, depth) | {"ratio": ratio}]
+    found = as_json(theirs, n, depth) | {"bits_per_weight": other.bits_per_weight, "ratio": ratio}
+    return [as_json(speeds, n, depth), found]
 
 
 def as_json(speeds: Sequence[float], n: int, depth: int) -> dict[str, Any]:
@@ -110,8 +125,11 @@ def traffic(model: Model, tg: dict[str, Any] | None, n_gen: int, depth: int, ban
     kv = kv_bytes_per_token(model.config, model.new_cache(2).codec, model.modules)
     total = weights + kv * (depth + n_gen // 2)
     per_second = 0.0 if tg is None else total * tg["tok_s"]
+    count = weights_per_token(model.file, model.config)
     return {
         "read_gb_s": bandwidth / GIGA, "bytes_per_token": total, "weight_bytes_per_token": weights,
+        "weights_per_token": count, "bits_per_weight": 8 * weights / count,
+        "tg_gweights_s": count * tg["tok_s"] / GIGA if tg else None,
         "tg_gb_s": per_second / GIGA if tg else None,
         "tg_fraction": per_second / bandwidth if tg else None,
     }  # fmt: skip
@@ -119,7 +137,7 @@ def traffic(model: Model, tg: dict[str, Any] | None, n_gen: int, depth: int, ban
 
 def describe(model: Model, threads: int, args: argparse.Namespace) -> dict[str, Any]:
     """Tell what was measured on what, so that the figures can be repeated."""
-    path = Path(args.model)
+    path = Path(model.file.path)
     return {
         "model": path.name, "model_bytes": path.stat().st_size, "fingerprint": model.file.fingerprint,
         "backend": model.kernels.name, "kernels": model.kernels.describe(), "activations": args.activations,
@@ -135,19 +153,23 @@ def show(results: list[dict[str, Any]]) -> None:
     first = results[0]
     against = "against" in first
     print(f"{first['cpu']}; {first['kernels']}; activations {first['activations']}\n")
-    columns = "| model | MB | backend | threads | test | tok/s | GB/s | of memory's GB/s |"
-    print(f"{columns} {first['against']['model']} | ratio |" if against else columns)
-    print("|---" * (10 if against else 8) + "|")
+    columns = "| model | MB | backend | threads | test | tok/s | Gw/s | GB/s | of memory's GB/s |"
+    print(f"{columns} llama.cpp | tok/s | ratio |" if against else columns)
+    print("|---" * (12 if against else 9) + "|")
     lines: dict[str, None] = {}  # a test that stands in several results is printed once
     for result in results:
         start = f"| {result['model']} | {result['model_bytes'] / 1e6:.0f} | {result['backend']} | {result['threads']} |"
         for what in ("pp", "tg"):
             if result[what] is None:
                 continue
-            memory = f"{result['tg_gb_s']:.1f} | {result['tg_fraction']:.0%} of {result['read_gb_s']:.1f}"
-            line = f"{start} {what}{_cells(result[what])} | {memory if what == 'tg' else '|'} |"
+            memory = "| |"
+            if what == "tg":
+                memory = f"{result['tg_gweights_s']:.1f} | {result['tg_gb_s']:.1f} | "
+                memory += f"{result['tg_fraction']:.0%} of {result['read_gb_s']:.1f}"
+            line = f"{start} {what}{_cells(result[what])} | {memory} |"
             if against:
-                line += f" {rate(theirs := result['against'][what])} | {theirs['ratio']:.2f} |"
+                theirs = result["against"][what]
+                line += f" {result['against']['model']} | {rate(theirs)} | {theirs['ratio']:.2f} |"
             lines[line] = None
     print("\n".join(lines))
 
@@ -162,23 +184,57 @@ def rate(test: dict[str, Any]) -> str:
     return f"{test['tok_s']:.2f} ± {test['std']:.2f}"
 
 
+def plot(results: Sequence[dict[str, Any]], path: str) -> None:
+    """Draw generation: tokens per second against bits per weight, and the line that the speed of memory draws."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    first = results[0]
+    for result in results:
+        about = f"{result['model']}, {result['threads']} threads"
+        _point(axes, result["bits_per_weight"], result["tg"], about, "C0", "o")
+        if "against" in result:
+            peer = result["against"]
+            _point(axes, peer["tg"]["bits_per_weight"], peer["tg"], peer["model"], "C1", "s")
+    bits = [x / 10 for x in range(10, 180)]
+    limit = [first["read_gb_s"] * GIGA * 8 / (b * first["weights_per_token"]) for b in bits]
+    axes.plot(bits, limit, color="0.6", label=f"reading weights at {first['read_gb_s']:.1f} GB/s")
+    axes.plot([], [], "C0o", label="tritllama")
+    if any("against" in result for result in results):
+        axes.plot([], [], "C1s", label="llama.cpp")
+    axes.set_ylim(0, 1.15 * max(r["tg"]["tok_s"] / max(r["tg_fraction"], 0.1) for r in results))
+    axes.set_xlim(1, 1.15 * max(r["bits_per_weight"] for r in results))
+    axes.set(xlabel="bits per weight", ylabel="tokens per second", title=f"{first['cpu']}, {first['kernels']}")
+    axes.legend()
+    figure.savefig(path, dpi=110)
+
+
+def _point(axes: Any, bits: float, test: dict[str, Any], name: str, colour: str, marker: str) -> None:
+    axes.errorbar([bits], [test["tok_s"]], [test["std"]], color=colour, marker=marker)
+    axes.annotate(name, (bits, test["tok_s"]), xytext=(5, 5), textcoords="offset points", fontsize=8)
+
+
 def command(argv: Sequence[str]) -> int:
     """Parse the arguments, measure, print."""
-    parser = ArgumentParser(prog="python -m tools.bench", description="Measure the speed of a model.")
+    parser = ArgumentParser(prog="python -m tools.bench", description="Measure the speed of models.")
     add_arguments(parser)
     args = parser.parse_args(argv)
-    check_lengths(args)
+    check(args)
     results: list[dict[str, Any]] = []
-    for asked in args.threads or [None]:
-        model = Model.load(args.model, args.backend, asked, args.activations, args.kv)
-        try:
-            results += measure(model, benchmark.thread_count(model, asked), args)
-        finally:
-            model.close()
+    for path, peer in itertools.zip_longest(args.models, args.peers):
+        for asked in args.threads or [None]:
+            model = Model.load(path, args.backend, asked, args.activations, args.kv)
+            try:
+                results += measure(model, peer, benchmark.thread_count(model, asked), args)
+            finally:
+                model.close()
     if args.json:
         print(json.dumps(results, indent=1))
     else:
         show(results)
+    if args.plot:
+        plot(results, args.plot)
     return 0
 
 

@@ -11,16 +11,19 @@ from typing import Any
 import numpy as np
 
 from runtime.cli import UserError
+from runtime.ring.codecs import side_codecs
+
+_CACHE_TYPES = {"f32": 0, "f16": 1, "q8": 8, "q4": 3}  # GGML's; q4_1 has a scale and a base, as our q4
 
 
 class LlamaCpp:
     """A GGUF model under llama.cpp, called below the Python class of llama-cpp-python: what is timed is its own code.
 
-    ids of `before` are in the context when the measuring begins; the cache is f16, llama.cpp's default.
-    Raises UserError if llama-cpp-python is not there, or the file cannot be loaded.
+    ids of `before` are in the context when the measuring begins; kv: the ring's codec, whose like the cache then has.
+    Raises UserError if llama-cpp-python is not there, the file cannot be loaded, or it has no such cache.
     """
 
-    def __init__(self, path: str, threads: int, n_ctx: int, before: Sequence[int]) -> None:
+    def __init__(self, path: str, threads: int, n_ctx: int, before: Sequence[int], kv: str = "f16") -> None:
         if not Path(path).is_file():
             raise UserError(f"{path}: no such file")
         try:
@@ -37,10 +40,14 @@ class LlamaCpp:
         params = api.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch = n_ctx, max(512, n_ctx), 512
         params.n_threads = params.n_threads_batch = threads
+        params.type_k, params.type_v = (_CACHE_TYPES[codec] for codec in side_codecs(kv))
         self._context = api.llama_init_from_model(self._model, params)
+        if not self._context:
+            raise UserError(f"{path}: llama.cpp cannot make a context of {n_ctx} tokens with a cache of {kv}")
+        self.bits_per_weight = 8 * api.llama_model_size(self._model) / api.llama_model_n_params(self._model)
         self._depth = len(before)
-        if before:
-            self.read(before)
+        for start in range(0, len(before), 512):
+            self.read(before[start : start + 512])
 
     def read(self, ids: Sequence[int]) -> None:
         tokens = (self._api.llama_token * len(ids))(*ids)
