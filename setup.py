@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 from setuptools import setup
@@ -24,6 +25,8 @@ class BuildNative(build_py):
     """Build the library beside the package that is being made; say so and go on if that fails."""
 
     def run(self) -> None:
+        if not self.editable_mode:
+            rmtree(self.build_lib, ignore_errors=True)  # what an older version left there would be installed, too
         super().run()
         folder = ROOT / "native" if self.editable_mode else Path(self.build_lib) / "native"
         try:
