@@ -96,23 +96,27 @@ def test_a_failing_compiler_is_quoted(tmp_path: Path) -> None:
 
 def test_without_the_library_native_is_an_error_and_auto_is_not(tmp_path: Path) -> None:
     code = """
+import logging, sys
 import native.build
 native.build.find_library = lambda: None
+logging.getLogger("tritllama").addHandler(logging.StreamHandler(sys.stdout))
+logging.getLogger("tritllama").setLevel(logging.INFO)
 from runtime.errors import BackendError
 from runtime.kernels import get_kernels
 try:
     get_kernels("native")
 except BackendError as error:
     print(error)
-print(get_kernels("auto", 1).name)
+print(get_kernels("auto", 1).name, get_kernels("auto", 1).name)
 """
     env = {name: value for name, value in os.environ.items() if not name.startswith("TRIT_")}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
-    error, name = done.stdout.splitlines()
+    error, told, *_, names = done.stdout.splitlines()
     assert error == (
         "the native library has not been built for this version; build the library with `python -m native.build`"
     )
-    assert name == "numba"
+    assert told == f"slower kernels are used: {error}" and names == "numba numba"
+    assert done.stdout.count("slower kernels") == 1
 
 
 def test_native_imports_nothing_heavy_before_it_is_used() -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from functools import cache
 
 from ..errors import BackendError
 from .base import Kernels
+
+logger = logging.getLogger("tritllama")
 
 MAX_THREADS = 256
 BACKENDS = ("auto", "native", "numba", "numpy")
@@ -30,10 +34,17 @@ def get_kernels(backend: str = "auto", n_threads: int | None = None, int8: bool 
         except ImportError as error:
             if backend == "numba":
                 raise BackendError(f"the backend 'numba' cannot be had: {error}") from error
-        except BackendError:
+        except BackendError as error:
             if backend != "auto" or os.environ.get("TRIT_NATIVE_ISA"):
                 raise
+            _tell(str(error))
     raise AssertionError("the NumPy backend works everywhere")
+
+
+@cache
+def _tell(why: str) -> None:
+    """Say once why a faster backend is passed over."""
+    logger.info("slower kernels are used: %s", why)
 
 
 def check_threads(name: str, n_threads: int | None) -> None:
