@@ -29,6 +29,7 @@ Ids = npt.NDArray[np.int64]
 Processor = Callable[[Sequence[int], Floats], Floats]
 
 LARGEST_BIAS = 1e6
+BLOCK = 256  # weights that are added up before the draw looks at single ones
 REACHES = (8.0, 12.0, 16.0, math.inf)  # how far below the best logit top-p looks for candidates, as far as needed
 
 
@@ -102,30 +103,33 @@ class Sampler:
         """
         if self.options.temperature == 0:
             return int(np.argmax(self._adjust(logits, recent)))
-        ids, probabilities = self.distribution(logits, recent)
-        # A sum a hair below 1 must not push the draw past the last candidate.
-        place = int(np.searchsorted(np.cumsum(probabilities), self._rng.random(), side="right"))
-        return int(ids[min(place, len(ids) - 1)])
+        ids, weights = self._weighted(logits, recent)
+        return int(ids[_draw(weights, self._rng.random())])
 
     def distribution(self, logits: Floats, recent: Sequence[int] = ()) -> tuple[Ids, Doubles]:
         """Return the candidates that are left and their probabilities at a temperature above 0.
 
         logits: (vocab_size,) float32; returns ids (n,) int64, probabilities (n,) float64 that add up to 1
         """
+        ids, weights = self._weighted(logits, recent)
+        return ids, weights / weights.sum(dtype=np.float64)
+
+    def _weighted(self, logits: Floats, recent: Sequence[int]) -> tuple[Ids, Floats | Doubles]:
+        """Return the candidates that are left, and numbers in proportion to their probabilities."""
         options = self.options
         ids, values, log_total = self._candidates(self._adjust(logits, recent))
         if options.top_p < 1:
             cumulative = np.cumsum(np.exp(values - log_total))
             keep = int(np.searchsorted(cumulative, options.top_p)) + 1
             ids, values = ids[:keep], values[:keep]
-        possible = values > -math.inf
-        ids, values = ids[possible], values[possible]
+        if values.min() == -math.inf:
+            possible = values > -math.inf
+            ids, values = ids[possible], values[possible]
         if options.min_p > 0:
             near = values >= values.max() + math.log(options.min_p)
             ids, values = ids[near], values[near]
         with np.errstate(over="ignore"):  # next to temperature 0 the quotient is -inf, and its weight 0
-            weights = np.exp((values - values.max()) / options.temperature)
-        return ids, weights / weights.sum()
+            return ids, np.exp((values - values.max()) / values.dtype.type(max(options.temperature, 1e-30)))
 
     def _adjust(self, logits: Floats, recent: Sequence[int]) -> Floats:
         """Apply penalties and biases; the caller's array is copied only if there are any."""
@@ -145,7 +149,7 @@ class Sampler:
             raise OptionError("every token is forbidden, by logit_bias or a logits processor")
         return logits
 
-    def _candidates(self, logits: Floats) -> tuple[Ids, Doubles, float]:
+    def _candidates(self, logits: Floats) -> tuple[Ids, Floats | Doubles, float]:
         """Return ids by falling logit (by id where no cut needs the order), their logits, and log(sum(exp))
         over those that probabilities are measured against: the top-k survivors, or the whole vocabulary."""
         options = self.options
@@ -153,6 +157,8 @@ class Sampler:
             ids = _largest(logits, options.top_k)
             values = logits[ids].astype(np.float64)
             return ids, values, _log_sum_exp(values)
+        if options.top_p == 1 and options.min_p == 0:  # nothing is cut, so everything is passed over only once
+            return np.arange(len(logits)), logits, 0.0
         log_total, best = _log_sum_exp(logits), float(logits.max())
         # What min-p is certain to cut need not be looked at; its exact cut follows.
         lowest = best + math.log(options.min_p) - 1e-3 if options.min_p > 0 else -math.inf
@@ -225,6 +231,16 @@ def _largest(logits: Floats, count: int) -> Ids:
     else:
         ids = np.arange(len(logits))
     return ids[np.lexsort((ids, -logits[ids]))]
+
+
+def _draw(weights: Floats | Doubles, chance: float) -> int:
+    """Choose a place in proportion to the weights. weights: (n,), some above 0; chance: from 0 to 1, without 1"""
+    ends = np.cumsum(np.add.reduceat(weights, np.arange(0, len(weights), BLOCK), dtype=np.float64))
+    wanted = min(chance * ends[-1], np.nextafter(ends[-1], 0))  # rounding must not push it past the last of all
+    block = int(np.searchsorted(ends, wanted, side="right"))
+    part = weights[block * BLOCK : (block + 1) * BLOCK]
+    inside = np.cumsum(part, dtype=np.float64) + (ends[block - 1] if block else 0.0)
+    return block * BLOCK + int(min(np.searchsorted(inside, wanted, side="right"), np.flatnonzero(part)[-1]))
 
 
 def _log_sum_exp(values: Floats | Doubles) -> float:

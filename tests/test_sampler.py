@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from runtime.errors import LogitsError
-from runtime.sampler import OptionError, Sampler, SamplingOptions, log_probabilities
+from runtime.sampler import OptionError, Sampler, SamplingOptions, _draw, log_probabilities
 
 PLAIN = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 FOUR = np.log(np.array([0.1, 0.4, 0.3, 0.2], np.float32))
@@ -96,6 +96,29 @@ def test_frequencies_follow_the_probabilities() -> None:
     sampler = Sampler(seed=7, **PLAIN)
     counts = np.bincount([sampler(FOUR) for _ in range(20000)], minlength=4) / 20000
     assert counts == pytest.approx([0.1, 0.4, 0.3, 0.2], abs=0.01)
+
+
+@pytest.mark.parametrize("places", [[0], [255, 256], [999], [3, 300, 998]])
+def test_a_whole_vocabulary_is_drawn_from_in_its_proportions(places: list[int]) -> None:
+    logits = np.full(1000, -math.inf, np.float32)
+    logits[places] = np.log(np.arange(1, len(places) + 1))
+    sampler = Sampler(seed=7, **PLAIN)
+    counts = np.bincount([sampler(logits) for _ in range(4000)], minlength=1000) / 4000
+    assert counts[places] == pytest.approx(np.arange(1, len(places) + 1) / sum(range(1, len(places) + 1)), abs=0.03)
+    assert counts[places].sum() == 1
+
+
+def test_every_chance_finds_a_place_that_has_weight() -> None:
+    rng = np.random.default_rng(3)
+    for size in (1, 255, 256, 257, 5000):
+        weights = np.where(rng.random(size) < 0.1, rng.random(size), 0).astype(np.float32)
+        weights[rng.integers(size)] = 1e-30
+        ends = np.cumsum(weights, dtype=np.float64)
+        for chance in (0.0, *rng.random(50), np.nextafter(1, 0)):
+            place = _draw(weights, chance)
+            assert weights[place] > 0
+            assert ends[place] - weights[place] <= chance * ends[-1] * (1 + 1e-9) + 1e-12
+            assert ends[place] >= chance * ends[-1] * (1 - 1e-9)
 
 
 def test_a_seed_repeats_its_draws_and_another_differs() -> None:
