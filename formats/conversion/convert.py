@@ -194,9 +194,9 @@ def _pack(items: Sequence[Planned], encode: Encode) -> list[Packed]:
                     packed[f"trit{depth}"] = depths[depth], {**parts}
             else:
                 packed[item.codec] = item, {**CODECS[item.codec].quantize(rows, **item.params)[1]}
-    for item, parts in packed.values():
-        arrays = {key: part for key, part in parts.items() if isinstance(part, np.ndarray)}
-        for problem in beyond_range(item.codec, item.shape, item.params, arrays) if len(arrays) == len(parts) else ():
+    for item, made in packed.values():
+        arrays = {key: part for key, part in made.items() if isinstance(part, np.ndarray)}
+        for problem in beyond_range(item.codec, item.shape, item.params, arrays) if len(arrays) == len(made) else ():
             raise SourceError(tensor.file, problem, tensor.theirs)
     return [packed[item.codec] for item in items]
 
