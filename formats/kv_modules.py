@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
+
 from .codecs import CODECS
 from .errors import HeaderError, TensorError, shown
 
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
     from .container import TritFile
 
 FEATURE = "kv_modules"
+KEY_MEAN = ".kv.k.mean"  # what follows the layer's number; SPEC.md, section 6.2
 SIDES = ("k", "v")
 ACTIVATIONS = ("gelu", "gelu_tanh")
 ROPE_ORDERS = ("before", "after")
@@ -100,8 +104,9 @@ def read_kv_modules(file: TritFile) -> list[KVModule]:
     Raises HeaderError, TensorError: each names the file, and the tensor where there is one.
     """
     section, config = file.header.get(FEATURE, []), file.config
+    means = [name for name in file.tensors if name.endswith(KEY_MEAN)]
     for key in ("n_layers", "n_kv_heads", "head_dim"):
-        if section and not _is_size(config.get(key)):
+        if (section or means) and not _is_size(config.get(key)):
             raise HeaderError(file.path, f"config {key} is {shown(config.get(key))}; expected a positive integer")
     modules = [_parse(line, i, config["n_layers"], file.path) for i, line in enumerate(section)]
     modules.sort(key=lambda m: (m.layer, m.side))
@@ -112,8 +117,26 @@ def read_kv_modules(file: TritFile) -> list[KVModule]:
     for one, other in pairwise(modules):
         if (one.layer, one.side) == (other.layer, other.side):
             raise HeaderError(file.path, f"'{FEATURE}' has two modules for side {shown(one.side)} of layer {one.layer}")
-    _check_tensors(file, module_tensors(modules, config) if modules else {})
+    expected = module_tensors(modules, config) if modules else {}
+    if means:
+        every = {f"layers.{i}{KEY_MEAN}": (kv_width(config),) for i in range(config["n_layers"])}
+        expected |= {name: every[name] for name in means if name in every}
+    _check_tensors(file, expected)
     return modules
+
+
+def read_key_means(file: TritFile) -> dict[int, npt.NDArray[np.float32]]:
+    """The means of keys that a file tells, once `read_kv_modules` has checked it.
+
+    returns: layer -> (n_kv_heads, head_dim) float32
+    """
+    found = {}
+    for layer in range(file.config["n_layers"]):
+        tensor = file.tensors.get(f"layers.{layer}{KEY_MEAN}")
+        if tensor is not None:
+            mean = CODECS[tensor.codec].dequantize(tensor.parts, tensor.shape, tensor.params)
+            found[layer] = np.asarray(mean, np.float32).reshape(file.config["n_kv_heads"], -1)
+    return found
 
 
 def _is_size(value: Any) -> bool:

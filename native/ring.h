@@ -122,13 +122,25 @@ static void hadamard(float *x, int64_t width, int64_t size) {
     for (int64_t i = 0; i < width; i++) x[i] *= scale;
 }
 
+// Mirror and rotate one vector, in place, as its side's are stored; where they are not, this changes nothing.
+INLINE void turn(words side, int64_t head, float *x, int64_t width) {
+    if (side[SD_MIRROR]) {
+        const float *normal = at(side[SD_MIRROR], head * width * 4);
+        f32x16 total = splat16(0.0f);
+        for (int64_t i = 0; i < width; i += 16) total = add16(total, mul16(load16(x + i), load16(normal + i)));
+        float along = sum16(total);
+        for (int64_t i = 0; i < width; i += LANES) v_store(x + i, v_load(x + i) - v_load(normal + i) * along);
+    }
+    hadamard(x, width, side[SD_ROTATED]);
+}
+
 // Store one vector, its last group filled with zeros.
-static void encode(words side, int64_t row, const float *source) {
+static void encode(words side, int64_t head, int64_t row, const float *source) {
     _Alignas(64) float x[CHUNK], vector[LONGEST_HEAD];
     int64_t width = side[SD_WIDTH], padded = side[SD_PADDED], size = side[SD_GROUP];
     if (side[SD_ROTATED] > 1) {
         memcpy(vector, source, width * 4);
-        hadamard(vector, width, side[SD_ROTATED]);
+        turn(side, head, vector, width);
         source = vector;
     }
     char *codes = at(side[SD_DATA], row * side[SD_CODE_BYTES]);
@@ -159,7 +171,7 @@ INLINE void append_token(words job, int64_t token) {
         words side = job + (which ? AT_VALUES : AT_KEYS);
         const float *source = at(job[which ? AT_V : AT_K], token * side[SD_HEADS] * side[SD_WIDTH] * 4);
         for (int64_t head = 0; head < side[SD_HEADS]; head++)
-            encode(side, head * job[AT_SLOTS] + slot, source + head * side[SD_WIDTH]);
+            encode(side, head, head * job[AT_SLOTS] + slot, source + head * side[SD_WIDTH]);
     }
 }
 

@@ -34,7 +34,7 @@ enum { AT_BLOCK = 32, AT_CODES, AT_FEATURES };
 // The clock of a ring: tokens in it, and how many of the first stay.
 enum { LENGTH, SINKS };
 // Two sides: how the ring stores them, and how codes are decoded.
-enum { AT_KEYS = 40, AT_VALUES = 60, AT_WORDS = 80 };
+enum { AT_KEYS = 40, AT_VALUES = 64, AT_WORDS = 88 };
 enum { SD_CODEC, SD_HEADS, SD_WIDTH, SD_PADDED, SD_GROUP, SD_CODE_BYTES, SD_SCALE_BYTES, SD_DATA, SD_SCALES };
 enum { SD_FEATURES = 9, SD_HIDDEN, SD_HIDDEN_BIAS, SD_ACTIVATION, SD_OUTPUT, SD_OUTPUT_BIAS };
-enum { SD_COS = 15, SD_SIN, SD_SEEN, SD_SHARED, SD_ROTATED };
+enum { SD_COS = 15, SD_SIN, SD_SEEN, SD_SHARED, SD_ROTATED, SD_MIRROR };

@@ -11,7 +11,7 @@ import pytest
 
 from formats.container import open_trit
 from formats.conversion.convert import convert
-from formats.kv_modules import KVModule, read_kv_modules
+from formats.kv_modules import KVModule, read_key_means, read_kv_modules
 from formats.sources.source import open_source
 from formats.writer import TritWriter
 from runtime import Llama
@@ -151,6 +151,21 @@ def test_keys(model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert all(few > 4 * many for few, many in zip(*alone, strict=True))
     with open_trit(tmp_path / "4.trit") as file:
         assert {(m.side, m.rope, m.rank) for m in read_kv_modules(file)} == {("k", "after", 4)}
+
+
+def test_means_of_keys_are_written_beside_projections_or_alone(
+    model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = learn(capsys, model, text, tmp_path / "alone.trit", "--side", "none")
+    assert found["layers"] == [] and found["bytes_per_token"][0] == found["bytes_per_token"][1]
+    learn(capsys, model, text, tmp_path / "beside.trit", "--rank", RANK, "--layers", "1")
+    with open_trit(tmp_path / "alone.trit") as alone, open_trit(tmp_path / "beside.trit") as beside:
+        assert "requires" not in alone.header and read_kv_modules(alone) == []
+        means = read_key_means(alone)
+        assert sorted(means) == [0, 1] and all(np.abs(mean).max() > 0 for mean in means.values())
+        assert all((mean == read_key_means(beside)[layer]).all() for layer, mean in means.items())
+    again = learn(capsys, tmp_path / "alone.trit", text, tmp_path / "again.trit", "--side", "none")
+    assert again["output"] == str(tmp_path / "again.trit")
 
 
 def test_moments_are_those_of_the_model(model: Path) -> None:

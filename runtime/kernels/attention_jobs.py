@@ -67,6 +67,7 @@ def _describe(plane: Plane, decoder: Decoder | None, ring: KVRing, is_keys: bool
     words[w.SD_DATA], words[w.SD_SCALES] = address(plane.codes), address(plane.scales)
     words[w.SD_SEEN] = words[w.SD_FEATURES] = plane.padded
     words[w.SD_ROTATED] = plane.rotated
+    words[w.SD_MIRROR] = 0 if plane.mirror is None else pin(plane.mirror)
     if decoder is None:
         return side
     heads = len(decoder.output)

@@ -19,7 +19,7 @@ from . import simd
 from . import words as w
 from .compiling import BARE
 from .numba_math import exp, gelu, gelu_tanh, word
-from .numba_ring import clock, expand, hadamard, is_sliding, rotate, slot_of
+from .numba_ring import clock, expand, hadamard, is_sliding, rotate, slot_of, turn
 from .numba_tiles import dots, weigh
 from .simd import load_f32, read_f32, splat_f32, store_f32, write_f32
 from .simd_tiles import keep_lanes
@@ -71,7 +71,7 @@ def _pack_rows(job, area, source, target, shift, kv_head, first, tokens):
             write_f32(row, i * 4, x)
             if absorbed:
                 constant += x * read_f32(bias, i * 4)
-        hadamard(row, head_dim, word(keys, w.SD_ROTATED))
+        turn(keys, kv_head, row, head_dim)
         write_f32(shift, r * 4, constant)
     if absorbed:
         matrix = word(keys, w.SD_OUTPUT) + kv_head * seen * padded * 4

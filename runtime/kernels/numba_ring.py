@@ -104,6 +104,19 @@ def hadamard(x, width, size):
         simd.write_f32(x, i, read_f32(x, i) * scale)
 
 
+@njit(**BARE)
+def turn(side, head, x, width):
+    """Mirror and rotate one vector, in place, as its side's are stored; where they are not, this changes nothing."""
+    if word(side, w.SD_MIRROR):
+        normal, total = word(side, w.SD_MIRROR) + head * width * 4, splat_f32(np.float32(0.0))
+        for i in range(0, width * 4, 64):
+            total = total + load_f32(x, i) * load_f32(normal, i)
+        along = splat_f32(simd.sum_lanes(total))
+        for i in range(0, width * 4, 64):
+            store_f32(x, i, load_f32(x, i) - load_f32(normal, i) * along)
+    hadamard(x, width, word(side, w.SD_ROTATED))
+
+
 @njit(forceinline=True)
 def slot_of(job, position):
     """The ring slot of a position: sinks keep theirs, the others go round."""
@@ -161,15 +174,15 @@ def _code_q4(x, base, scale):
 @njit(**BARE)
 def _encode(side, slots, head, slot, source, scratch):
     """Store one vector, its last group filled with zeros."""
-    codec, width, rotated = word(side, w.SD_CODEC), word(side, w.SD_WIDTH), word(side, w.SD_ROTATED)
+    codec, width = word(side, w.SD_CODEC), word(side, w.SD_WIDTH)
     padded, size = word(side, w.SD_PADDED), word(side, w.SD_GROUP)
     codes = word(side, w.SD_DATA) + (head * slots + slot) * word(side, w.SD_CODE_BYTES)
     scales = word(side, w.SD_SCALES) + (head * slots + slot) * word(side, w.SD_SCALE_BYTES)
-    if rotated > 1:
+    if word(side, w.SD_ROTATED) > 1:
         vector = scratch + CHUNK * 4
         for i in range(0, width * 4, 4):
             simd.write_f32(vector, i, read_f32(source, i))
-        hadamard(vector, width, rotated)
+        turn(side, head, vector, width)
         source = vector
     for start in range(0, padded, CHUNK):
         count = min(CHUNK, padded - start)

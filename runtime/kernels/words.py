@@ -32,10 +32,10 @@ AT_FIRST, AT_TILE, AT_SETS, AT_RUNS, AT_PARTS, AT_PART_BYTES = range(17, 23)
 AT_AREA, AT_AREA_BYTES, AT_QUERY, AT_NEAR, AT_SHIFT, AT_TOTAL, AT_PART, AT_SCORES, AT_KEEP = range(23, 32)
 AT_BLOCK, AT_CODES, AT_FEATURES = range(32, 35)
 # Two sides: how the ring stores them, and how codes are decoded (see attention_jobs.py)
-AT_KEYS, AT_VALUES, AT_WORDS = 40, 60, 80
+AT_KEYS, AT_VALUES, AT_WORDS = 40, 64, 88
 SD_CODEC, SD_HEADS, SD_WIDTH, SD_PADDED, SD_GROUP, SD_CODE_BYTES, SD_SCALE_BYTES, SD_DATA, SD_SCALES = range(9)
 SD_FEATURES, SD_HIDDEN, SD_HIDDEN_BIAS, SD_ACTIVATION, SD_OUTPUT, SD_OUTPUT_BIAS = range(9, 15)
-SD_COS, SD_SIN, SD_SEEN, SD_SHARED, SD_ROTATED = range(15, 20)
+SD_COS, SD_SIN, SD_SEEN, SD_SHARED, SD_ROTATED, SD_MIRROR = range(15, 21)
 
 # The clock of a ring (cache.py): tokens in it, and how many of the first stay.
 LENGTH, SINKS = range(2)

@@ -10,8 +10,9 @@ had never been there. Distances thus never exceed the capacity, and nothing stor
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 
@@ -38,6 +39,7 @@ class KVRing:
     capacity: tokens visible to one query; chunk: most tokens appended in one step; sinks: first tokens that stay.
     codec: how numbers are stored (see ring_codecs), one for all or "k=CODEC,v=CODEC"
     modules: the model's learned projections; where one is, the ring stores its codes
+    key_means: layer -> (n_kv_heads, head_dim) float32, means of its keys where they are known
     Raises CacheError if the numbers do not fit together.
     """
 
@@ -49,6 +51,7 @@ class KVRing:
         sinks: int = 4,
         codec: str = "f16",
         modules: Sequence[KVModule] = (),
+        key_means: Mapping[int, np.ndarray] = MappingProxyType({}),
     ) -> None:
         codecs = dict(zip("kv", side_codecs(codec), strict=True))
         if capacity < 2:
@@ -56,6 +59,7 @@ class KVRing:
         if chunk < 1:
             raise CacheError(f"a chunk has {chunk} tokens; it must have 1 or more")
         self.config, self.capacity, self.chunk, self.modules = config, capacity, chunk, tuple(modules)
+        self.key_means = key_means
         self.clock = np.zeros(2, np.int64)  # length and sinks, where compiled kernels read them
         self.codec, self.length, self.sinks = codec, 0, sinks
         self.oldest = 0  # from this position on everything is still stored; it stays when tokens are taken back
@@ -66,7 +70,8 @@ class KVRing:
         def plane(layer: int, side: str) -> Plane:
             rank = ranks.get((layer, side))
             if rank is None:
-                return Plane(codecs[side], config.n_kv_heads, config.head_dim, self.slots)
+                mean = key_means.get(layer) if side == "k" else None
+                return Plane(codecs[side], config.n_kv_heads, config.head_dim, self.slots, mean=mean)
             return Plane(code_codec(codecs[side], rank), 1, rank, self.slots, learned=True)
 
         self.layers = [RingLayer(plane(i, "k"), plane(i, "v")) for i in range(config.n_layers)]
@@ -173,7 +178,7 @@ class KVRing:
 
     def copy(self) -> KVRing:
         """A ring of its own with the same tokens: what is done to the one is not seen in the other."""
-        other = KVRing(self.config, self.capacity, self.chunk, self.sinks, self.codec, self.modules)
+        other = KVRing(self.config, self.capacity, self.chunk, self.sinks, self.codec, self.modules, self.key_means)
         used = min(self.length, self.slots)
         for theirs, mine in zip(other.planes, self.planes, strict=True):
             theirs.codes[:, :used], theirs.scales[:, :used] = mine.codes[:, :used], mine.scales[:, :used]

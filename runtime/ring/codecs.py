@@ -13,6 +13,10 @@ Scales are one for each group, token and head, taken from the largest number (q4
 Before keys and values become q8 or q4 they are rotated by a Hadamard matrix, which spreads outliers over all numbers
 (QuaRot; Ashkboos et al., 2024). It is its own inverse, and leaves products of rotated queries and keys as they were.
 Codes of learned projections are not rotated.
+
+Keys have a mean, far from zero, that says nothing: it shifts all scores of a query alike. Where it is known (SPEC.md,
+6.2), keys that become q4, and queries, are first mirrored so that the mean falls on the first axis. The rotation turns
+that into a constant, which the base of a group takes up, so that codes are left for what differs.
 """
 
 from __future__ import annotations
@@ -52,16 +56,22 @@ class Plane:
     """For each slot of the ring `heads` vectors of `width` numbers: the keys or the values of one layer.
 
     rotated: numbers in one block of the Hadamard rotation, the largest power of two that divides width; 1 for none
+    mirror: (heads, width) float32, or None; vectors x are stored as x - mirror (mirror . x), its own inverse
     codes: (heads, slots, n) of float32, float16, int8, or uint8 with two codes in a byte: of each group's 16 bytes,
     byte i holds code i in its lower and code i + 16 in its upper half
     scales: (heads, slots, groups) float16 for q8, (heads, slots, groups, 2) for q4 with scale and base, else empty
     """
 
-    def __init__(self, codec: str, heads: int, width: int, slots: int, learned: bool = False) -> None:
-        """learned: it stores the codes of a learned projection"""
+    def __init__(
+        self, codec: str, heads: int, width: int, slots: int, learned: bool = False, mean: np.ndarray | None = None
+    ) -> None:
+        """learned: it stores the codes of a learned projection; mean: (heads, width), what vectors scatter about"""
         self.codec, self.heads, self.width, self.slots = codec, heads, width, slots
         self.rotated = width & -width if codec in ("q8", "q4") and not learned else 1
         self.group = {"f32": 16, "f16": 16, "q8": 32 if width % 64 else 64, "q4": 32}[codec]
+        # The base is a group's: other groups than whole blocks of the rotation would not see a constant.
+        whole = codec == "q4" and self.rotated == width and width % self.group == 0
+        self.mirror = None if mean is None or not whole else _mirror(mean)
         groups = -(-width // self.group)
         self.padded = groups * self.group
         dtype = {"f32": np.float32, "f16": np.float16, "q8": np.int8, "q4": np.uint8}[codec]
@@ -82,7 +92,7 @@ class Plane:
         """Store vectors. slots: (n,) integer; vectors: (n, heads * width) float32"""
         x = np.zeros((self.heads, len(slots), self.padded), np.float32)
         given = vectors.reshape(len(slots), self.heads, self.width).transpose(1, 0, 2)
-        x[:, :, : self.width] = hadamard(given, self.rotated)
+        x[:, :, : self.width] = hadamard(mirrored(given, self.mirror), self.rotated)
         if self.codec == "f32":
             self.codes[:, slots] = x
             return
@@ -104,7 +114,32 @@ class Plane:
             x = groups * scales[..., None]
         else:
             x = np.concatenate((groups & 15, groups >> 4), axis=3) * scales[..., :1] + scales[..., 1:]
-        return hadamard(x.reshape(*codes.shape[:2], self.padded)[:, :, : self.width], self.rotated)
+        x = x.reshape(*codes.shape[:2], self.padded)[:, :, : self.width]
+        return mirrored(hadamard(x, self.rotated), self.mirror)
+
+
+def _mirror(mean: np.ndarray) -> np.ndarray:
+    """What swaps a mean's direction and the first axis (Householder, 1958). mean, returned: (heads, width) float32"""
+    normal = mean / np.maximum(np.linalg.norm(mean, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+    normal[:, 0] -= np.where(mean.any(axis=1), 1, 0)
+    normal *= np.sqrt(2) / np.maximum(np.linalg.norm(normal, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+    return np.ascontiguousarray(normal, np.float32)
+
+
+def mirrored(x: np.ndarray, mirror: np.ndarray | None) -> np.ndarray:
+    """x - mirror (mirror . x), summed as kernels do: sixteen sums side by side, then a tree of halves.
+
+    x: (heads, n, width) float32; mirror: (heads, width), width a multiple of 16; returns: as x
+    """
+    if mirror is None:
+        return x
+    lanes = (x * mirror[:, None]).reshape(*x.shape[:2], -1, 16)
+    total = lanes[:, :, 0]
+    for i in range(1, lanes.shape[2]):
+        total = total + lanes[:, :, i]
+    while (half := total.shape[2] // 2) > 0:
+        total = total[:, :, :half] + total[:, :, half:]
+    return x - mirror[:, None] * total
 
 
 def hadamard(x: np.ndarray, size: int) -> np.ndarray:
