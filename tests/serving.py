@@ -85,7 +85,7 @@ def process(model: Path, *options: str) -> Iterator[Server]:
     )
     try:
         assert child.stderr is not None
-        line = child.stderr.readline()
+        line = next((line for line in child.stderr if line.startswith("listening")), "nothing")
         found = re.fullmatch(r"listening on http://([\d.]+):(\d+)\n", line)
         assert found, f"the server said {line!r}"
         yield Server(found[1], int(found[2]), child)

@@ -68,7 +68,7 @@ def test_models(client: Any) -> None:
     (only,) = client.models.list().data
     assert only.id == "tiny.trit" and only.meta["n_ctx"] == 1500
     assert client.models.retrieve("tiny.trit").id == "tiny.trit"
-    with pytest.raises(openai.NotFoundError):
+    with pytest.raises(openai.NotFoundError, match="there is no such model; there is tiny"):
         client.models.retrieve("gpt-9")
 
 
@@ -161,12 +161,24 @@ def test_tokens_there_and_back(server: Server) -> None:
     assert json.loads(raw)["tokens"] == [1, 3]
 
 
+def test_any_model_may_be_asked_for_and_the_real_one_is_told(client: Any) -> None:
+    """Clients are set up with a name of OpenAI's; llama.cpp's server takes any, too."""
+    assert chat(client, model="gpt-9").model == "tiny.trit"
+    assert {chunk.model for chunk in chat(client, model="gpt-9", stream=True)} == {"tiny.trit"}
+    assert client.embeddings.create(model="gpt-9", input="a").model == "tiny.trit"
+
+
+def test_the_properties_that_clients_of_llama_cpp_ask_for(server: Server) -> None:
+    status, _, raw = server.ask("GET", "/props")
+    found = json.loads(raw)
+    assert status == 200 and found["total_slots"] == 2 and found["default_generation_settings"]["n_ctx"] == 1500
+    assert found["model_path"] == "tiny.trit" and found["chat_template"]
+
+
 # ==== Errors ====
 
 
 def test_errors_are_the_clients_own(client: Any) -> None:
-    with pytest.raises(openai.NotFoundError, match="there is no model 'gpt-9'"):
-        chat(client, model="gpt-9")
     with pytest.raises(openai.BadRequestError, match="temperature must be a number from 0 to 2"):
         chat(client, temperature=3)
     with pytest.raises(openai.BadRequestError) as caught:

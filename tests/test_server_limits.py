@@ -238,8 +238,11 @@ def test_without_the_extra_one_line_says_what_to_install(
 
 def test_a_port_in_use_is_told_before_the_model_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        assert main(["no such.trit", "--port", str(taken.getsockname()[1])]) == 2
-    assert "in use" in capsys.readouterr().err
+        port = taken.getsockname()[1]
+        assert main(["no such.trit", "--port", str(port)]) == 2
+    assert capsys.readouterr().err == f"error: --host 127.0.0.1 --port {port}: Address already in use\n"
+    assert main(["no such.trit", "--host", "no.such.host.invalid", "--api-key", "12345678"]) == 2
+    assert capsys.readouterr().err.startswith("error: --host no.such.host.invalid --port 8080: ")
 
 
 def test_loopback() -> None:

@@ -88,6 +88,9 @@ def _main(argv: list[str]) -> int:
         server = Server(app, SHUTDOWN_SECONDS, **limits)
         bound.listen(MOST_CONNECTIONS)  # who reads the next line may connect at once
         host, port = bound.getsockname()[:2]
+        print(f"model: {app.state.name}, {llm.model.kernels.describe()}", file=sys.stderr)
+        needed = gigabytes(llm.memory.total + (args.parallel - 1) * llm.memory.cache)
+        print(f"{args.parallel} contexts of {llm.n_ctx} tokens ({llm.cache_codec}), {needed} in all", file=sys.stderr)
         print(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}", file=sys.stderr, flush=True)
         server.run(sockets=[bound])
     return 0
@@ -141,14 +144,17 @@ def _api_key(args: argparse.Namespace) -> str | None:
 
 def _bind(host: str, port: int) -> socket.socket:
     """Bind before the model is loaded, so that a port in use is told at once; it listens later."""
-    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    bound = socket.socket(family, kind, protocol)
     try:
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
-    except BaseException:
-        bound.close()
-        raise
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind, protocol)
+        try:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(address)
+        except BaseException:
+            bound.close()
+            raise
+    except OSError as exc:
+        raise UserError(f"--host {host} --port {port}: {exc.strerror or exc}") from exc
     return bound
 
 

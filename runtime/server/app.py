@@ -41,7 +41,7 @@ def make_app(llm: Llama, settings: Settings) -> Starlette:
     """Make the application that serves a model. At its end it closes the model."""
     shop = Workshop(llm, settings.parallel, settings.queue, settings.seconds)
     metrics = Metrics(shop.sessions)
-    api = Api(shop, metrics, [settings.alias or llm.path.name], settings.largest_body)
+    api = Api(shop, metrics, settings.alias or llm.path.name, settings.largest_body)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -63,5 +63,5 @@ def make_app(llm: Llama, settings: Settings) -> Starlette:
         exception_handlers={HTTPException: on_http_error},
         lifespan=lifespan,
     )
-    app.state.shop = shop
+    app.state.shop, app.state.name = shop, api.name
     return app

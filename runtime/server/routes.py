@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import numpy as np
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+
+from formats.version import __version__
 
 from ..llama import Llama
 from ..model import Cancelled
@@ -38,10 +41,10 @@ Handler = Callable[[Request], Awaitable[Response]]
 
 
 class Api:
-    """What the server answers. names: of the model; the first is the one told"""
+    """What the server answers. name: of the model"""
 
-    def __init__(self, shop: Workshop, metrics: Metrics, names: list[str], largest_body: int) -> None:
-        self.shop, self.metrics, self.names, self.largest_body = shop, metrics, names, largest_body
+    def __init__(self, shop: Workshop, metrics: Metrics, name: str, largest_body: int) -> None:
+        self.shop, self.metrics, self.name, self.largest_body = shop, metrics, name, largest_body
 
     @property
     def routes(self) -> list[Route]:
@@ -56,6 +59,7 @@ class Api:
             "/v1/models": self.models,
             "/v1/models/{name:path}": self.model,
             "/health": self.health,
+            "/props": self.props,
             "/metrics": self.measured,
             "/": self.page,
             "/static/{name}": self.page,
@@ -74,7 +78,7 @@ class Api:
         return await self._answer(request, completion)
 
     async def embeddings(self, request: Request) -> Response:
-        options = embedding(self.names, await self._body(request))
+        options = embedding(await self._body(request))
         encoding = options.pop("encoding_format", "float")
         errand = self.shop.errand(request.receive)
 
@@ -91,13 +95,13 @@ class Api:
         if encoding == "base64":
             for item in result["data"]:
                 item["embedding"] = base64.b64encode(np.array(item["embedding"], "<f4").tobytes()).decode()
-        return JSONResponse({**result, "model": self.names[0]})
+        return JSONResponse({**result, "model": self.name})
 
     async def _answer(self, request: Request, reader: Reader) -> Response:
         body = await self._body(request)
         errand = self.shop.errand(request.receive)
         try:
-            asked = await self.shop.prepare(lambda: reader(self.shop.llm, self.names, body, errand.stop))
+            asked = await self.shop.prepare(lambda: reader(self.shop.llm, body, errand.stop))
 
             def work(session: Llama, put: Put) -> None:
                 for i, job in enumerate(asked.jobs):
@@ -124,7 +128,7 @@ class Api:
         head: dict[str, Any] = {}
         async for i, chunk in found:
             head = head or {key: chunk[key] for key in ("id", "object", "created", "system_fingerprint")}
-            head["model"] = self.names[0]
+            head["model"] = self.name
             if "usage" in chunk:
                 usages.append(chunk.pop("usage"))
             choice = {**chunk["choices"][0], "index": i}
@@ -135,7 +139,7 @@ class Api:
     def _merged(self, asked: Asked, results: list[dict[str, Any]]) -> dict[str, Any]:
         choices = [{**result["choices"][0], "index": i} for i, result in enumerate(results)]
         usage = asked.total([result["usage"] for result in results])
-        return {**results[0], "model": self.names[0], "choices": choices, "usage": usage}
+        return {**results[0], "model": self.name, "choices": choices, "usage": usage}
 
     # ==== The rest ====
 
@@ -143,8 +147,8 @@ class Api:
         return JSONResponse({"object": "list", "data": [self._about()]})
 
     async def model(self, request: Request) -> Response:
-        if request.path_params["name"] not in self.names:
-            raise ApiError(404, f"there is no such model; there is {self.names[0]}", code="model_not_found")
+        if request.path_params["name"] != self.name:
+            raise ApiError(404, f"there is no such model; there is {self.name}", code="model_not_found")
         return JSONResponse(self._about())
 
     def _about(self) -> dict[str, Any]:
@@ -152,7 +156,7 @@ class Api:
         about = {"n_ctx": llm.n_ctx, "n_vocab": llm.config.vocab_size, "fingerprint": llm.fingerprint}
         about["chat_format"] = llm.chat_format.name if llm.chat_format else None
         created = int(llm.path.stat().st_mtime) if llm.path.exists() else 0
-        return {"id": self.names[0], "object": "model", "created": created, "owned_by": "tritllama", "meta": about}
+        return {"id": self.name, "object": "model", "created": created, "owned_by": "tritllama", "meta": about}
 
     async def tokenize(self, request: Request) -> Response:
         found = read(await self._body(request), TOKENIZE, ("content",))
@@ -166,6 +170,19 @@ class Api:
 
     async def health(self, request: Request) -> Response:
         return JSONResponse({"status": "ok"})
+
+    async def props(self, request: Request) -> Response:
+        """What clients of llama.cpp's server ask for before they begin."""
+        llm = self.shop.llm
+        found = {
+            "default_generation_settings": {"n_ctx": llm.n_ctx, "params": asdict(llm.sampler().options)},
+            "total_slots": len(self.shop.sessions.all),
+            "model_alias": self.name,
+            "model_path": llm.path.name,
+            "chat_template": (llm.model.file.header.get("chat") or {}).get("template") or "",
+            "build_info": f"tritllama {__version__}",
+        }
+        return JSONResponse(found)
 
     async def measured(self, request: Request) -> Response:
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

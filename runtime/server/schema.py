@@ -16,8 +16,9 @@ from .fields import Check, anything, biases, flag, ids, inner, number, only, rea
 MOST_TOKENS = 2**31 - 1
 MOST_CHOICES = 8
 MOST_PROMPTS = 16
-# Checked, but of no consequence: they ask for what is done anyway, or concern others.
-WITHOUT_EFFECT = ("user", "parallel_tool_calls", "store", "service_tier", "echo", "suffix", "best_of")
+# Checked, but of no consequence: they ask for what is done anyway, or concern others. Clients are set up with names of
+# models that are not here; they are told in the answer which model gave it.
+WITHOUT_EFFECT = ("model", "user", "parallel_tool_calls", "store", "service_tier", "echo", "suffix", "best_of")
 
 SAMPLING: dict[str, Check] = {
     "temperature": number(0, 2),
@@ -98,23 +99,23 @@ class Asked:
         }  # fmt: skip
 
 
-def chat(llm: Llama, names: list[str], body: Mapping[str, Any], cancel: Signal) -> Asked:
-    """Read a request for a chat completion. names: of the model. Raises ApiError, OptionError and the like."""
+def chat(llm: Llama, body: Mapping[str, Any], cancel: Signal) -> Asked:
+    """Read a request for a chat completion. Raises ApiError, OptionError and the like."""
     found = read(body, CHAT, ("messages",))
     if "max_completion_tokens" in found:
         if "max_tokens" in found:
             raise ApiError(400, "max_tokens and max_completion_tokens are the same: leave one out", "max_tokens")
         found["max_tokens"] = found.pop("max_completion_tokens")
-    stream, usage, choices = _take_own(found, names)
+    stream, usage, choices = _take_own(found)
     messages = found.pop("messages")
     jobs = [chat_job(llm, messages, **_nth(llm, found, i), cancel=cancel) for i in range(choices)]
     return Asked(jobs, choices, stream, usage)
 
 
-def completion(llm: Llama, names: list[str], body: Mapping[str, Any], cancel: Signal) -> Asked:
+def completion(llm: Llama, body: Mapping[str, Any], cancel: Signal) -> Asked:
     """Read a request for completions, of one prompt or of several."""
     found = read(body, COMPLETION, ("prompt",))
-    stream, usage, choices = _take_own(found, names)
+    stream, usage, choices = _take_own(found)
     prompts = prompts_of(found.pop("prompt"), "prompt")
     if len(prompts) * choices > MOST_PROMPTS:
         raise ApiError(400, f"at most {MOST_PROMPTS} answers are given to one request", "prompt")
@@ -126,25 +127,18 @@ def completion(llm: Llama, names: list[str], body: Mapping[str, Any], cancel: Si
     return Asked(jobs, choices, stream, usage)
 
 
-def embedding(names: list[str], body: Mapping[str, Any]) -> dict[str, Any]:
+def embedding(body: Mapping[str, Any]) -> dict[str, Any]:
     """Read a request for embeddings: the arguments of Llama.create_embedding, and "encoding_format"."""
     found = read(body, EMBEDDING, ("input",))
-    check_model(found.pop("model", None), names)
-    found.pop("user", None)
+    for name in WITHOUT_EFFECT:
+        found.pop(name, None)
     if len(prompts_of(found["input"], "input")) > 256:
         raise ApiError(400, "at most 256 texts are embedded at once", "input")
     return found
 
 
-def check_model(name: str | None, names: list[str]) -> None:
-    """Raise ApiError for a model that is not the one that is served."""
-    if name is not None and name not in names:
-        raise ApiError(404, f"there is no model {name!r:.80}; there is {names[0]}", "model", "model_not_found")
-
-
-def _take_own(found: dict[str, Any], names: list[str]) -> tuple[bool, bool, int]:
+def _take_own(found: dict[str, Any]) -> tuple[bool, bool, int]:
     """Take out what is the server's business: whether to stream, with usage, and how many choices."""
-    check_model(found.pop("model", None), names)
     for name in WITHOUT_EFFECT:
         found.pop(name, None)
     stream, choices = found.pop("stream", False), found.pop("n", 1)
