@@ -64,7 +64,8 @@ def test_stdout_is_the_text_and_nothing_else(model: Path) -> None:
     assert done.returncode == 0 and done.stdout == text + "\n" * (not text.endswith("\n"))
     assert "backend: numpy" in done.stderr
     assert re.search(r"\[prompt \d+ tokens \(0 reused\), [\d.]+ tok/s \| generated 12 tokens,", done.stderr)
-    assert re.search(r", length \| memory: weights .* MB, cache .* MB.* \| seed \d+ \| numpy\]", done.stderr)
+    assert re.search(r", length \| memory: weights .* MB, cache .* MB.* \| context \d+ of \d+ \(f16\)", done.stderr)
+    assert re.search(r" \| seed \d+ \| numpy\]", done.stderr)
 
 
 def test_a_context_beyond_the_models_own_is_told(model: Path) -> None:

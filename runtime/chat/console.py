@@ -131,6 +131,7 @@ def stats_line(llm: Llama, stats: Stats) -> str:
         f"[prompt {stats.prompt_tokens} tokens ({stats.reused_tokens} reused){more}, {stats.prompt_rate:.1f} tok/s"
         f" | generated {stats.generated_tokens} tokens, {stats.rate:.1f} tok/s, {stats.finish_reason}"
         f" | memory: weights {_megabytes(used['weights'])}, cache {_megabytes(used['cache'])}{peak}"
+        f" | context {min(stats.prompt_tokens + stats.generated_tokens, llm.n_ctx)} of {llm.n_ctx} ({llm.cache_codec})"
         f" | seed {stats.seed} | {llm.model.kernels.name}]"
     )
 
