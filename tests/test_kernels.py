@@ -190,14 +190,13 @@ def test_every_pattern_of_codes_means_the_same(kernels: Kernels, tmp_path: Path)
             assert (np.abs(out - rounded.astype(np.float64) @ weights.T) <= limit).all(), tensor.name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cpu", "features"),
     [("x86-64", ""), ("haswell", "+ssse3,+avx2,+fma,+f16c"), ("alderlake", "+ssse3,+avx2,+fma,+f16c,+avxvnni")],
 )
 def test_numba_compiled_for_lesser_cpus(cpu: str, features: str, tmp_path: Path) -> None:
     """The self-test of every product, compiled for what the CPU need not have all of."""
-    if not os.environ.get("TRIT_SLOW_TESTS"):
-        pytest.skip("compiling for another CPU takes a minute; set TRIT_SLOW_TESTS=1")
     if machine() != "x86_64" or not set(features.replace("+", "").split(",")) - {""} <= cpu_features():
         pytest.skip(f"this CPU cannot run code for {cpu}")
     code = """

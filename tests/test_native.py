@@ -23,8 +23,6 @@ from tests.native_cases import all_cases
 from tests.native_library import ensure_native_library
 
 ROOT = Path(__file__).resolve().parent.parent
-# Building with sanitizers, or for another machine, takes minutes: set this to run those tests too.
-SLOW = os.environ.get("TRIT_SLOW_TESTS")
 
 
 @pytest.fixture
@@ -169,10 +167,9 @@ def test_the_self_test_sees_every_native_kernel_pass(library: Library) -> None:
 # ==== Memory ====
 
 
+@pytest.mark.slow
 def test_cases_hold_outside_of_python(library: Library, tmp_path: Path) -> None:
-    """The C runner agrees with NumPy; with TRIT_SLOW_TESTS under AddressSanitizer and UndefinedBehaviorSanitizer."""
-    if not SLOW:
-        pytest.skip("building with sanitizers takes minutes; set TRIT_SLOW_TESTS=1")
+    """The C runner agrees with NumPy under AddressSanitizer and UndefinedBehaviorSanitizer."""
     flags = ["-O1", "-g0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     compiler = find_compiler()
     objects = compile_all(compiler, tmp_path, native_build.ISAS[machine()], flags)

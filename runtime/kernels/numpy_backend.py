@@ -38,10 +38,10 @@ def level_codes(levels: np.ndarray) -> tuple[np.ndarray, np.float32]:
     top = np.abs(levels).max()
     if not 0 < top < np.inf:
         return np.zeros(len(levels), np.int8), top
-    steps = (top / np.linspace(96, 127, 512)).astype(np.float32)[:, None]
-    codes = np.rint(levels / steps)
-    best = np.square(codes * steps - levels).sum(axis=1).argmin()
-    return codes[best].astype(np.int8), steps[best, 0]
+    parts = np.linspace(96, 127, 512, dtype=np.float32)[:, None]  # of the largest level
+    codes = np.rint(levels / top * parts)
+    best = np.square(codes / parts - levels / top).sum(axis=1).argmin()
+    return codes[best].astype(np.int8), top / parts[best, 0]
 
 
 def int8_weights(tensor: Tensor) -> np.ndarray:
