@@ -331,6 +331,15 @@ def test_windows_are_spread_over_every_text(source: Source) -> None:
         assert half[-1, 1:].tolist() == ids[last - 15 : last]
 
 
+def test_what_a_short_text_lacks_the_others_give(source: Source) -> None:
+    tokenizer = make_tokenizer(source.tokenizer, source.blobs.__getitem__, str(source.path))
+    first, short, last = ("".join(chr(97 + (i + 7 * j) % 26) for i in range(n)) for j, n in enumerate((800, 48, 800)))
+    windows = cut_windows(tokenizer, [first, short, last], 192, ctx=16)
+    assert windows.shape == (12, 16)
+    own = np.array(tokenizer.encode(short, add_bos=False)[:32]).reshape(2, 16)
+    assert (windows[5:7, 1:] == own[:, 1:]).all()
+
+
 def test_a_text_that_is_too_short_is_refused(source: Source) -> None:
     tokenizer = make_tokenizer(source.tokenizer, source.blobs.__getitem__, str(source.path))
     with pytest.raises(CalibrationError, match="less than one window of 512 tokens"):

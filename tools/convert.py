@@ -38,7 +38,7 @@ from tools.perplexity import read_text
 from tools.tables import by_kind, table
 
 CONTEXTS = (8192, 32768, 131072)
-TOKENS = 32768
+TOKENS = 49152
 CALIBRATED = (*TRITS, MIXED, "nf4")
 HELP = "convert a Hugging Face folder or a GGUF file to a .trit file"
 
