@@ -1,9 +1,11 @@
-// The two products that attention is made of, on floats in scratch, four rows by four at a time. Strides count floats.
-// Every result is one sum in one fixed order, whatever the number of rows.
+// The two products that attention is made of, on float or half float vectors, four rows by four at a time; halves are
+// converted as they are read. Strides count numbers. Every result is one sum in one fixed order, whatever the number
+// of rows.
 #pragma once
 #include "jobs.h"
 
 enum { ACROSS = LANES == 16 ? 4 : 2 };  // what is summed at once beside four rows: as much as there are registers for
+enum { FLOATS_32 = 4, FLOATS_16 = 2 };   // bytes of a number
 
 #if defined(__clang__) || __GNUC__ >= 12
 #define PICK(x, y, a, b, c, d) __builtin_shufflevector(x, y, a, b, c, d)
@@ -11,6 +13,11 @@ enum { ACROSS = LANES == 16 ? 4 : 2 };  // what is summed at once beside four ro
 typedef int32_t v4i __attribute__((vector_size(16)));
 #define PICK(x, y, a, b, c, d) __builtin_shuffle(x, y, (v4i){a, b, c, d})
 #endif
+
+// LANES numbers of a size.
+INLINE vf numbers(int size, const void *p, int64_t offset) {
+    return size == FLOATS_16 ? v_load_f16((const uint16_t *)p + offset) : v_load((const float *)p + offset);
+}
 
 // The sums of the lanes of four vectors, as the trees of halves that sum16 makes.
 INLINE v4f sum_four(const f32x16 x[4]) {
@@ -22,20 +29,19 @@ INLINE v4f sum_four(const f32x16 x[4]) {
     return PICK(low, high, 0, 2, 4, 6) + PICK(low, high, 1, 3, 5, 7);
 }
 
-// out[i, j] = the sum over d of a[i, d] * b[j, d], for i < rows and first <= j < stop, both in fours.
-// width: of a multiple of 16; what lies between a whole number of fours and the ends is computed too.
-static void dots(const float *a, int64_t a_stride, int64_t rows, const float *b, int64_t b_stride, int64_t first,
-                 int64_t stop, int64_t width, float *out, int64_t out_stride) {
-    for (int64_t j = first; j < stop; j += 4)
+INLINE void dots_of(int size, const float *a, int64_t a_stride, int64_t rows, const void *b, int64_t b_stride,
+                    int64_t first, int64_t stop, int64_t width, float *out, int64_t out_stride) {
+    for (int64_t j = first; j < stop; j += 4) {
+        if (size == FLOATS_16) ask_for((const uint8_t *)b + (j + CACHED) * b_stride * size, 4 * b_stride * size);
         for (int64_t i = 0; i < rows; i += 4) {
             f32x16 sums[4][4];
-            const float *x = a + i * a_stride, *y = b + j * b_stride;
+            const float *x = a + i * a_stride;
             UNROLL for (int c = 0; c < 4; c += ACROSS)
                 UNROLL for (int p = 0; p < PARTS; p++) {
                     vf s[4][ACROSS] = {{{0}}};
                     for (int64_t d = p * LANES; d < width; d += 16) {
                         vf columns[ACROSS];
-                        UNROLL for (int k = 0; k < ACROSS; k++) columns[k] = v_load(y + (c + k) * b_stride + d);
+                        UNROLL for (int k = 0; k < ACROSS; k++) columns[k] = numbers(size, b, (j + c + k) * b_stride + d);
                         UNROLL for (int r = 0; r < 4; r++) {
                             vf row = v_load(x + r * a_stride + d);
                             UNROLL for (int k = 0; k < ACROSS; k++) s[r][k] = v_fma(row, columns[k], s[r][k]);
@@ -49,39 +55,64 @@ static void dots(const float *a, int64_t a_stride, int64_t rows, const float *b,
                 memcpy(out + (i + r) * out_stride + j, &four, sizeof four);
             }
         }
+    }
 }
 
-// One step of `weigh`: four rows and n vectors of columns.
-#define WEIGH(n)                                                                                           \
-    do {                                                                                                   \
-        vf s[4][n];                                                                                        \
-        UNROLL for (int r = 0; r < 4; r++)                                                                 \
-            UNROLL for (int k = 0; k < n; k++) s[r][k] = v_load(o + r * out_stride + k * LANES) * keep[i + r]; \
-        for (int64_t j = first; j < stop; j++) {                                                           \
-            vf y[n];                                                                                       \
-            UNROLL for (int k = 0; k < n; k++) y[k] = v_load(vectors + j * stride + d + k * LANES);        \
-            UNROLL for (int r = 0; r < 4; r++) {                                                           \
-                vf x = v_splat(weights[(i + r) * CACHED + j]);                                             \
-                UNROLL for (int k = 0; k < n; k++) s[r][k] = v_fma(x, y[k], s[r][k]);                      \
-            }                                                                                              \
-        }                                                                                                  \
-        UNROLL for (int r = 0; r < 4; r++)                                                                 \
-            UNROLL for (int k = 0; k < n; k++) v_store(o + r * out_stride + k * LANES, s[r][k]);           \
-    } while (0)
+// out[i, j] = the sum over d of a[i, d] * b[j, d], for i < rows and first <= j < stop, both in fours.
+// width: of a multiple of 16; what lies between a whole number of fours and the ends is computed too.
+static void dots(const float *a, int64_t a_stride, int64_t rows, const float *b, int64_t b_stride, int64_t first,
+                 int64_t stop, int64_t width, float *out, int64_t out_stride) {
+    dots_of(FLOATS_32, a, a_stride, rows, b, b_stride, first, stop, width, out, out_stride);
+}
 
-// out[i] = out[i] * keep[i] + the sum over j of weights[i, j] * vectors[j], for i < rows, first <= j < stop.
-// rows: in fours; width: of a multiple of 16. Few columns at a time, so that the vectors stay in the nearest cache.
-static void weigh(const float *weights, int64_t rows, const float *keep, const float *vectors, int64_t stride,
-                  int64_t first, int64_t stop, int64_t width, float *out, int64_t out_stride) {
+static void dots_f16(const float *a, int64_t a_stride, int64_t rows, const uint16_t *b, int64_t b_stride, int64_t first,
+                     int64_t stop, int64_t width, float *out, int64_t out_stride) {
+    dots_of(FLOATS_16, a, a_stride, rows, b, b_stride, first, stop, width, out, out_stride);
+}
+
+// Sums of products with weights, four rows and `n` vectors of columns: what `weigh` adds up.
+INLINE void weigh_columns(int size, int n, const float *weights, const float *keep, const float *share,
+                          const void *vectors, int64_t stride, int64_t first, int64_t stop, float *out,
+                          int64_t out_stride) {
+    vf s[4][ACROSS] = {{{0}}};
+    for (int64_t j = first; j < stop; j++) {
+        vf y[ACROSS];
+        if (size == FLOATS_16) ask_for((const uint8_t *)vectors + (j + CACHED) * stride * size, n * LANES * size);
+        UNROLL for (int k = 0; k < n; k++) y[k] = numbers(size, vectors, j * stride + k * LANES);
+        UNROLL for (int r = 0; r < 4; r++) {
+            vf x = v_splat(weights[r * CACHED + j]);
+            UNROLL for (int k = 0; k < n; k++) s[r][k] = v_fma(x, y[k], s[r][k]);
+        }
+    }
+    UNROLL for (int r = 0; r < 4; r++)
+        UNROLL for (int k = 0; k < n; k++) {
+            float *to = out + r * out_stride + k * LANES;
+            v_store(to, v_fma(s[r][k], v_splat(share[r]), v_load(to) * keep[r]));
+        }
+}
+
+INLINE void weigh_of(int size, const float *weights, int64_t rows, const float *keep, const float *share,
+                     const void *vectors, int64_t stride, int64_t first, int64_t stop, int64_t width, float *out,
+                     int64_t out_stride) {
     int64_t step = ACROSS * LANES, d = 0;
     for (; d + step <= width; d += step)
-        for (int64_t i = 0; i < rows; i += 4) {
-            float *o = out + i * out_stride + d;
-            WEIGH(ACROSS);
-        }
+        for (int64_t i = 0; i < rows; i += 4)
+            weigh_columns(size, ACROSS, weights + i * CACHED, keep + i, share + i, (const char *)vectors + d * size, stride,
+                          first, stop, out + i * out_stride + d, out_stride);
     for (; d < width; d += LANES)
-        for (int64_t i = 0; i < rows; i += 4) {
-            float *o = out + i * out_stride + d;
-            WEIGH(1);
-        }
+        for (int64_t i = 0; i < rows; i += 4)
+            weigh_columns(size, 1, weights + i * CACHED, keep + i, share + i, (const char *)vectors + d * size, stride,
+                          first, stop, out + i * out_stride + d, out_stride);
+}
+
+// out[i] = out[i] * keep[i] + share[i] * the sum over j of weights[i, j] * vectors[j], i < rows, first <= j < stop.
+// rows: in fours; width: of a multiple of 16. Few columns at a time, so that the vectors stay in the nearest cache.
+static void weigh(const float *weights, int64_t rows, const float *keep, const float *share, const float *vectors,
+                  int64_t first, int64_t stop, int64_t width, float *out) {
+    weigh_of(FLOATS_32, weights, rows, keep, share, vectors, width, first, stop, width, out, width);
+}
+
+static void weigh_f16(const float *weights, int64_t rows, const float *keep, const float *share, const uint16_t *vectors,
+                      int64_t first, int64_t stop, int64_t width, float *out) {
+    weigh_of(FLOATS_16, weights, rows, keep, share, vectors, width, first, stop, width, out, width);
 }

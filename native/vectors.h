@@ -24,6 +24,9 @@
 //                        of x is added to acc
 //   v_load_tile(rows, offset, tile)    32 bytes of LANES rows, transposed: lane r of tile[j] is bytes 4 j .. 4 j + 3
 //                        of row r
+//   v_quads(p, stride, v)              16 bytes of four rows, `stride` bytes apart, in 16 / LANES registers: lane i is
+//                        byte i of each row
+//   v_unzip(x, y, even, odd)           the lanes of even number of both, and those of odd number
 //   v_lookup_u8(table, i) table[i] for each byte, from 16 bytes; i below 16
 //   v_lookup(table, i)   table[i mod 32] for each lane, from 32 floats
 //   v_lookup16(table, i) table[i mod 16]
@@ -48,6 +51,7 @@ enum { TILE_BYTES = 32 };    // of each row of a tile
 INLINE vf v_load(const float *p) { vf x; memcpy(&x, p, sizeof x); return x; }
 INLINE vi v_load_i32(const void *p) { vi x; memcpy(&x, p, sizeof x); return x; }
 INLINE vu v_load_bytes(const uint8_t *p) { vu x; memcpy(&x, p, sizeof x); return x; }
+INLINE void v_store_bytes(uint8_t *p, vu x) { memcpy(p, &x, sizeof x); }
 INLINE void v_store(float *p, vf x) { memcpy(p, &x, sizeof x); }
 
 INLINE vf v_splat(float x) { return x - (vf){0}; }
@@ -104,6 +108,18 @@ INLINE vf v_exp(vf x) {
     p = v_fma(p, r, v_splat(5.0000001201e-1f));
     p = v_fma(p, r * r, r) + 1.0f;
     return p * (vf)((whole + 127) << 23);
+}
+
+// 2^x for x <= 126, relative error below 2e-7; at 0 it is 1. At 1.5 * 2^23 a float's last bit counts ones.
+INLINE vf v_exp2(vf x) {
+    vf near = v_max(v_splat(-125.0f), x);  // in this order NaN stays NaN
+    vf shifted = near + 12582912.0f, r = near - (shifted - 12582912.0f);
+    vf p = v_fma(v_splat(1.3264726e-3f), r, v_splat(9.6715127e-3f));
+    p = v_fma(p, r, v_splat(5.5507337e-2f));
+    p = v_fma(p, r, v_splat(2.4022242e-1f));
+    p = v_fma(p, r, v_splat(6.9314698e-1f));
+    p = v_fma(p, r, v_splat(1.0f));
+    return (vf)((vi)p + ((vi)shifted << 23));
 }
 
 // ==== Sixteen lanes ====

@@ -11,6 +11,7 @@ import pytest
 from formats.kv_modules import KVModule
 from runtime.config import ModelConfig
 from runtime.kernels import Kernels, get_kernels
+from runtime.kernels.numpy_backend import round_queries
 from runtime.ring.cache import KVRing
 from runtime.ring.codecs import CODECS
 from runtime.ring.projections import Decoder
@@ -22,6 +23,9 @@ Case = tuple[int, int, int, int]
 
 # Of the largest output: what float32 sums may differ from float64 ones, of vectors that both read from the ring.
 SUM_ERROR = 4e-6
+# The same where values stay codes: weights have 14 bits of the largest in a block, q4 codes do not scatter about zero;
+# and a query's number that lies between two integers may be rounded to either.
+CODES_ERROR = {"q8": 5e-4, "q4": 3e-3}
 # (heads, key-value heads, head_dim): nothing a power of two; grouped; more queries than a tile has rows
 SHAPES = [(6, 2, 10), (9, 3, 64), (8, 8, 34), (70, 1, 16)]
 # capacity, sinks, tokens in the ring, new tokens: before the wrap, at it, long after it; one span, several; sinks
@@ -129,6 +133,40 @@ def test_every_codec_is_read_in_place(kernels: Kernels, shape: Shape, codec: str
         assert_near(attend(kernels, ring, q, near), expected(ring, q, near))
 
 
+@pytest.fixture(scope="module", params=["numpy", "numba", "native"])
+def int8_kernels(request: pytest.FixtureRequest) -> Iterator[Kernels]:
+    if request.param == "native":
+        ensure_native_library()
+    made = get_kernels(request.param, n_threads=2, int8=True)
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("codec", ["q8", "q4", "k=q8,v=q4", "k=q4,v=q8"])
+@pytest.mark.parametrize("shape", [*SHAPES, (8, 2, 128), (6, 2, 96), (4, 4, 320)], ids=lambda s: "x".join(map(str, s)))
+def test_int8_activations_round_queries(int8_kernels: Kernels, shape: Shape, codec: str) -> None:
+    for case in ((24, 4, 200, 9), (1300, 4, 1299, 1), (300, 70, 1000, 3)):
+        ring, q, near = a_ring(int8_kernels, shape, case, codec=codec)
+        keys = ring.layers[0].keys
+        cut = (len(q), shape[1], -1, shape[2])
+        of_heads = (x.reshape(cut).transpose(1, 2, 0, 3) for x in (q, near))
+        rounded = (round_queries(x, keys).transpose(2, 0, 1, 3).reshape(q.shape) for x in of_heads)
+        wanted = expected(ring, *rounded)
+        found = attend(int8_kernels, ring, q, near)
+        assert np.abs(found - wanted).max() <= CODES_ERROR[codec[-2:]] * np.abs(wanted).max()
+        assert np.abs(expected(ring, q, near) - wanted).max() > 1e-3 * np.abs(wanted).max()  # rounding does matter
+
+
+@pytest.mark.parametrize("rank", [40, 64, 128])
+def test_int8_activations_sum_codes_of_values(int8_kernels: Kernels, rank: int) -> None:
+    shape = (9, 3, 64)
+    decoders = (None, a_decoder(shape, (rank, None), False, 1))
+    for case in ((24, 4, 200, 9), (1300, 4, 1299, 1)):
+        ring, q, near = a_ring(int8_kernels, shape, case, codec="k=f16,v=q8", modules=[KVModule(0, "v", rank)])
+        found, wanted = attend(int8_kernels, ring, q, near, decoders), expected(ring, q, near, decoders)
+        assert np.abs(found - wanted).max() <= CODES_ERROR["q8"] * np.abs(wanted).max()
+
+
 FORMS = {"linear": (7, None), "wide": (40, None), "gelu": (4, 9), "wide-gelu": (33, 20)}
 
 
@@ -177,12 +215,13 @@ def compiled(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.mark.parametrize("codec", ["f16", "q8"])
+@pytest.mark.parametrize("int8", [False, True], ids=["f32", "int8"])
+@pytest.mark.parametrize("codec", ["f16", "q8", "q4"])
 @pytest.mark.parametrize("shared", [False, True])
-def test_a_token_gets_the_same_bits_alone_and_in_a_chunk(codec: str, shared: bool, compiled: str) -> None:
+def test_a_token_gets_the_same_bits_alone_and_in_a_chunk(codec: str, shared: bool, compiled: str, int8: bool) -> None:
     """Alone its spans are cut and shared by the threads; in a chunk it has neighbours in its tile."""
     shape = (9, 3, 64)
-    kernels = [get_kernels(compiled, n, int8=False) for n in (1, 2)]
+    kernels = [get_kernels(compiled, n, int8=int8) for n in (1, 2)]
     modules = [KVModule(0, "v", 40), KVModule(0, "k", 12, 9, rope="after")] if shared else []
     decoders = (None, None)
     if shared:
@@ -200,12 +239,14 @@ def test_a_token_gets_the_same_bits_alone_and_in_a_chunk(codec: str, shared: boo
         each.close()
 
 
-def test_it_does_not_matter_where_in_the_ring_a_token_lies(compiled: str) -> None:
+@pytest.mark.parametrize("int8", [False, True], ids=["f32", "int8"])
+@pytest.mark.parametrize("codec", ["f16", "q8", "q4"])
+def test_it_does_not_matter_where_in_the_ring_a_token_lies(compiled: str, codec: str, int8: bool) -> None:
     """Rings of the same capacity but other chunks have other numbers of slots, so they wrap elsewhere."""
-    kernels = get_kernels(compiled, 2, int8=False)
+    kernels = get_kernels(compiled, 2, int8=int8)
     results = []
     for chunk in (1, 7, 64):
-        ring = KVRing(config_of((6, 2, 10)), 150, chunk, 5, "q8")
+        ring = KVRing(config_of((6, 2, 10)), 150, chunk, 5, codec)
         rng = np.random.default_rng(3)
         x = rng.standard_normal((700, 2, 20)).astype(np.float32)
         while ring.length < 700:

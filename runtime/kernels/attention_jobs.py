@@ -14,7 +14,7 @@ from ..ring.cache import KVRing
 from ..ring.codecs import CODECS, Plane
 from ..ring.projections import Decoder
 from . import words as w
-from .base import Decoders, Turns
+from .base import Decoders, Turns, stays_codes
 from .memory import address, aligned
 from .pool import Pool
 
@@ -49,7 +49,7 @@ class _Side:
         return int(self.words[word])
 
 
-def _describe(plane: Plane, decoder: Decoder | None, ring: KVRing, is_keys: bool) -> _Side:
+def _describe(plane: Plane, decoder: Decoder | None, ring: KVRing, is_keys: bool, int8: bool) -> _Side:
     """Describe a side. Features are what a decoder's last matrix is multiplied with; SD_SEEN wide is what scores are
     made with or values summed of: vectors as they are stored, features (shared by all heads), or rotated keys."""
     head_dim = -(-ring.config.head_dim // 16) * 16
@@ -67,6 +67,7 @@ def _describe(plane: Plane, decoder: Decoder | None, ring: KVRing, is_keys: bool
     words[w.SD_DATA], words[w.SD_SCALES] = address(plane.codes), address(plane.scales)
     words[w.SD_SEEN] = words[w.SD_FEATURES] = plane.padded
     words[w.SD_ROTATED] = plane.rotated
+    words[w.SD_INT8] = int8 and stays_codes(plane, decoder, is_keys)
     words[w.SD_MIRROR] = 0 if plane.mirror is None else pin(plane.mirror)
     if decoder is None:
         return side
@@ -93,15 +94,15 @@ def _describe(plane: Plane, decoder: Decoder | None, ring: KVRing, is_keys: bool
 class _LayerJob:
     """The words of one layer of one ring. Its sides are described when they are first attended to."""
 
-    def __init__(self, ring: KVRing, layer: int, decoders: Decoders) -> None:
+    def __init__(self, ring: KVRing, layer: int, decoders: Decoders, int8: bool) -> None:
         config, planes = ring.config, ring.layers[layer]
-        self.keys = _describe(planes.keys, decoders[0], ring, True)
-        self.values = _describe(planes.values, decoders[1], ring, False)
+        self.keys = _describe(planes.keys, decoders[0], ring, True, int8)
+        self.values = _describe(planes.values, decoders[1], ring, False, int8)
         self.words = np.zeros(w.AT_WORDS, np.int64)
         self.words[w.AT_HEADS], self.words[w.AT_KV_HEADS] = config.n_heads, config.n_kv_heads
         self.words[w.AT_HEAD_DIM], self.words[w.AT_SLOTS] = config.head_dim, ring.slots
         self.words[w.AT_WINDOW], self.words[w.AT_CLOCK] = ring.capacity, address(ring.clock)
-        self.words[w.AT_SCALE :].view(np.float32)[0] = 1 / math.sqrt(config.head_dim)
+        self.words[w.AT_SCALE :].view(np.float32)[0] = math.log2(math.e) / math.sqrt(config.head_dim)
         self.words[w.AT_KEYS : w.AT_VALUES] = self.keys.words
         self.words[w.AT_VALUES :] = self.values.words
         self.decoders = decoders
@@ -115,17 +116,27 @@ class _LayerJob:
         query, result = all_rows * self.keys[w.SD_SEEN], all_rows * (self.values[w.SD_SEEN] + 2)
         head_dim = -(-int(self.words[w.AT_HEAD_DIM]) // 16) * 16
         features = max(self.keys[w.SD_FEATURES], self.values[w.SD_FEATURES])
-        sizes = {
+        lines = max(side[w.SD_CODE_BYTES] + side[w.SD_SCALE_BYTES] for side in (self.keys, self.values))
+        groups = self.keys[w.SD_SEEN] // self.keys[w.SD_GROUP]
+        sizes = {  # in numbers of four bytes
             w.AT_QUERY: query,
             w.AT_NEAR: query,
-            w.AT_SHIFT: 2 * all_rows,
+            w.AT_SHIFT: 2 * all_rows + 16,
+            w.AT_QUANTS: query // 2,
+            w.AT_STEPS: 2 * all_rows * groups * 4,
             w.AT_TOTAL: result,
             w.AT_PART: result,
             w.AT_SCORES: all_rows * w.CACHED,
-            w.AT_KEEP: all_rows,
+            w.AT_STATE: 4 * (all_rows + 16) + 16 * all_rows,
             w.AT_CODES: w.CACHED * max(self.keys[w.SD_PADDED], self.values[w.SD_PADDED]),
             w.AT_FEATURES: max(w.CACHED * features, rows * head_dim),
             w.AT_BLOCK: (w.CACHED + 4) * seen,
+            w.AT_LINES: (w.CACHED + 1) * lines // 4 + 16,
+            w.AT_UNITS: w.CACHED * max(self.keys[w.SD_SCALE_BYTES], self.values[w.SD_SCALE_BYTES]),
+            w.AT_QUADS: w.CACHED * self.values[w.SD_PADDED] // 4,
+            w.AT_PLANES: all_rows * w.CACHED // 2,
+            w.AT_OWN: 2 * w.CACHED,
+            w.AT_BASES: all_rows * self.values[w.SD_PADDED] // 2,
         }
         at = 0
         for word, size in sizes.items():
@@ -139,9 +150,12 @@ class _LayerJob:
 class AttentionJobs:
     """Fills jobs and runs them; holds the scratch that units work in."""
 
-    def __init__(self, pool: Pool, resolve: Callable[[str, str], int]) -> None:
-        """resolve: gives the address of a kernel by module and function (words.KERNELS)"""
-        self._pool = pool
+    def __init__(self, pool: Pool, resolve: Callable[[str, str], int], int8: bool) -> None:
+        """resolve: gives the address of a kernel by module and function (words.KERNELS)
+
+        int8: whether products with codes may round what they are multiplied with
+        """
+        self._pool, self._int8 = pool, int8
         self._rings: WeakKeyDictionary[KVRing, dict[int, _LayerJob]] = WeakKeyDictionary()
         self._areas, self._parts = aligned((0,), np.uint8), aligned((0,), np.uint8)
         self._kernel = {name: resolve("numba_ring", name) for name in w.KERNELS["numba_ring"]}
@@ -220,7 +234,7 @@ class AttentionJobs:
         jobs = self._rings.setdefault(ring, {})
         job = jobs.get(layer)
         if job is None or (decoders is not None and job.decoders != decoders):
-            job = jobs[layer] = _LayerJob(ring, layer, decoders or (None, None))
+            job = jobs[layer] = _LayerJob(ring, layer, decoders or (None, None), self._int8)
         job.words[w.AT_N] = n
         return job
 

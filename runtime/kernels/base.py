@@ -10,6 +10,7 @@ import numpy as np
 from formats import Tensor
 
 from ..ring.cache import KVRing
+from ..ring.codecs import Plane
 from ..ring.projections import Decoder
 
 GROUP = 16  # inputs that share one scale when activations are int8
@@ -26,6 +27,12 @@ def takes_int8(tensor: Tensor) -> bool:
     if tensor.codec == "nf4":
         return tensor.shape[1] % 64 == 0 and int(tensor.params["block"]) == 64
     return tensor.codec in (*TRITS, "q8")
+
+
+def stays_codes(plane: Plane, decoder: Decoder | None, is_keys: bool) -> bool:
+    """Whether attention multiplies with a side's codes as they are when int8 activations are wanted."""
+    linear = decoder is None or (decoder.hidden is None and not is_keys)
+    return plane.codec in ("q8", "q4") and linear
 
 
 class Linear(Protocol):

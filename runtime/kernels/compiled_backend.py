@@ -190,7 +190,7 @@ class CompiledKernels:
         self._rmsnorm, self._swiglu = resolve("numba_layers", "rmsnorm"), resolve("numba_layers", "swiglu")
         self._norm_job = np.zeros(w.NORM_WORDS, np.int64)
         self._glu_job = np.zeros(w.GLU_WORDS, np.int64)
-        self._attention = AttentionJobs(self.pool, resolve)
+        self._attention = AttentionJobs(self.pool, resolve, int8)
         self._programs: WeakKeyDictionary[KVRing, tuple[bool, Program]] = WeakKeyDictionary()
 
     def use_threads(self, n_threads: int) -> None:

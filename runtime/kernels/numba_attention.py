@@ -18,21 +18,15 @@ from numba import njit
 from . import simd
 from . import words as w
 from .compiling import BARE
-from .numba_math import exp, gelu, gelu_tanh, word
-from .numba_ring import clock, expand, hadamard, is_sliding, rotate, slot_of, turn
-from .numba_tiles import dots, weigh
+from .numba_math import exp2, word
+from .numba_queries import pack, rows_of
+from .numba_ring import clock, hadamard, is_sliding
+from .numba_scores import score
+from .numba_tiles import dots
+from .numba_values import add_values, clear_values, finish_values
+from .numba_weights import NOTHING, clear_state, oldest_of, state_of, weigh_up
 from .simd import load_f32, read_f32, splat_f32, store_f32, write_f32
-from .simd_tiles import keep_lanes
 from .words import CACHED, SPAN
-
-NOTHING = np.float32(-np.inf)
-
-
-@njit(forceinline=True)
-def _rows(job, tokens):
-    """Rows of one key-value head, in fours."""
-    group = word(job, w.AT_HEADS) // word(job, w.AT_KV_HEADS)
-    return (tokens * group + 3) // 4 * 4
 
 
 @njit(forceinline=True)
@@ -42,154 +36,37 @@ def _tile(job, tile):
     return first, min(word(job, w.AT_TILE), word(job, w.AT_N) - first)
 
 
-@njit(forceinline=True)
-def _oldest(job, position):
-    """The first position of the window that a query sees."""
-    sinks = clock(job, w.SINKS)
-    return max(sinks, position + 1 - (word(job, w.AT_WINDOW) - sinks))
-
-
-# ==== Queries ====
+# ==== One span ====
 
 
 @njit(**BARE)
-def _pack_rows(job, area, source, target, shift, kv_head, first, tokens):
-    """Scale the queries of one key-value head and, where keys stay codes, multiply them by the keys' decoder."""
-    keys = job + w.AT_KEYS * 8
-    heads, head_dim = word(job, w.AT_HEADS), word(job, w.AT_HEAD_DIM)
-    group, rows = heads // word(job, w.AT_KV_HEADS), _rows(job, tokens)
-    absorbed, seen = word(keys, w.SD_SHARED) != 0, word(keys, w.SD_SEEN)
-    padded = (head_dim + 15) // 16 * 16 if absorbed else seen
-    packed = area + word(job, w.AT_FEATURES) if absorbed else target
-    scale = read_f32(job, w.AT_SCALE * 8)
-    bias = word(keys, w.SD_OUTPUT_BIAS) + kv_head * padded * 4
-    for r in range(rows):
-        token, head = first + r // group, kv_head * group + r % group
-        q, row, constant = source + (token * heads + head) * head_dim * 4, packed + r * padded * 4, np.float32(0.0)
-        for i in range(padded):
-            x = read_f32(q, i * 4) * scale if r < tokens * group and i < head_dim else np.float32(0.0)
-            write_f32(row, i * 4, x)
-            if absorbed:
-                constant += x * read_f32(bias, i * 4)
-        turn(keys, kv_head, row, head_dim)
-        write_f32(shift, r * 4, constant)
-    if absorbed:
-        matrix = word(keys, w.SD_OUTPUT) + kv_head * seen * padded * 4
-        dots(packed, padded * 4, rows, matrix, padded * 4, 0, seen, padded, target, seen * 4)
-
-
-@njit(**BARE)
-def _pack(job, area, kv_first, kv_stop, first, tokens):
-    """Prepare a unit's rows, for the window and, once tokens have slid out, for the sinks."""
-    rows, seen = _rows(job, tokens), word(job, w.AT_KEYS + w.SD_SEEN)
-    sliding, shifts = is_sliding(job), area + word(job, w.AT_SHIFT)
-    for kv_head in range(kv_first, kv_stop):
-        at = (kv_head - kv_first) * rows
-        query, near = area + word(job, w.AT_QUERY) + at * seen * 4, area + word(job, w.AT_NEAR) + at * seen * 4
-        all_rows = (kv_stop - kv_first) * rows
-        _pack_rows(job, area, word(job, w.AT_Q), query, shifts + at * 4, kv_head, first, tokens)
-        if sliding:
-            shift = shifts + (all_rows + at) * 4
-            _pack_rows(job, area, word(job, w.AT_Q_SINK), near, shift, kv_head, first, tokens)
-
-
-# ==== One block of cached tokens ====
-
-
-@njit(**BARE)
-def _activate(rows, width, bias, exact, x):
-    """x = gelu(x + bias), in place. x: (rows, width) float32"""
-    for i in range(rows):
-        for d in range(0, width * 4, 64):
-            at = i * width * 4 + d
-            y = load_f32(x, at) + load_f32(bias, d)
-            store_f32(x, at, gelu(y) if exact else gelu_tanh(y))
-
-
-@njit(**BARE)
-def _rotate_rows(job, side, first, count, x, stride):
-    """Rotate decoded keys for their positions."""
-    slots, sinks, head_dim = word(job, w.AT_SLOTS), clock(job, w.SINKS), word(job, w.AT_HEAD_DIM)
-    slot = slot_of(job, first)
-    for i in range(count):
-        turn = slot * head_dim * 2
-        rotate(x + i * stride, x + i * stride, word(side, w.SD_COS) + turn, word(side, w.SD_SIN) + turn, head_dim)
-        slot = slot + 1 if slot + 1 < slots else sinks
-
-
-@njit(**BARE)
-def _block(job, side, area, kv_head, first, count):
-    """What attention sees of `count` tokens: rows of SD_SEEN float32; returns their address."""
-    features, hidden, output = word(side, w.SD_FEATURES), word(side, w.SD_HIDDEN), word(side, w.SD_OUTPUT)
-    rotated = word(side, w.SD_COS) != 0
-    target, four = area + word(job, w.AT_BLOCK), (count + 3) // 4 * 4
-    padded = word(side, w.SD_PADDED)
-    if hidden == 0 and not rotated:
-        expand(job, side, kv_head if word(side, w.SD_HEADS) > 1 else 0, first, count, target)
-        return target
-    codes = area + word(job, w.AT_CODES)
-    expand(job, side, 0, first, count, codes)
-    if hidden:
-        x = area + word(job, w.AT_FEATURES) if rotated else target
-        dots(codes, padded * 4, four, hidden, padded * 4, 0, features, padded, x, features * 4)
-        _activate(count, features, word(side, w.SD_HIDDEN_BIAS), word(side, w.SD_ACTIVATION) == 0, x)
-        codes = x
-    if rotated:
-        seen = word(side, w.SD_SEEN)
-        matrix, bias = output + kv_head * seen * features * 4, word(side, w.SD_OUTPUT_BIAS) + kv_head * seen * 4
-        dots(codes, features * 4, four, matrix, features * 4, 0, seen, features, target, seen * 4)
-        for i in range(count):
-            for d in range(0, seen * 4, 64):
-                store_f32(target, i * seen * 4 + d, load_f32(target, i * seen * 4 + d) + load_f32(bias, d))
-        _rotate_rows(job, side, first, count, target, seen * 4)
-    return target
-
-
-@njit(**BARE)
-def _soften(scores, count, seen_first, seen_stop, shift, state, keep):
-    """Turn one row's scores into weights below its running maximum; lanes that it does not see weigh nothing.
-
-    scores: (CACHED,) float32; state: address of the running maximum, `keep` that of what the past is worth now"""
-    before = read_f32(state, 0)
-    shifts, top = splat_f32(shift), splat_f32(before)
-    for i in range(0, count, 16):
-        s = keep_lanes(load_f32(scores, i * 4) + shifts, seen_first - i, seen_stop - i, NOTHING)
-        store_f32(scores, i * 4, s)
-        top = simd.maximum(s, top)
-    largest = simd.max_lanes(top)
-    total, zero = splat_f32(np.float32(0.0)), np.float32(0.0)
-    for i in range(0, count, 16):
-        s = exp(load_f32(scores, i * 4) - splat_f32(largest))
-        s = keep_lanes(s, seen_first - i, seen_stop - i, zero)
-        store_f32(scores, i * 4, s)
-        total = total + s
-    # Nothing is there before the first block: its maximum is -inf and its share is nil.
-    share = simd.first_lane(exp(splat_f32(before - largest))) if before > NOTHING else zero
-    write_f32(state, 0, largest)
-    write_f32(keep, 0, share)
-    return simd.sum_lanes(total), share
-
-
-@njit(**BARE)
-def _weights(job, area, result, rows, all_rows, first, tokens, sinks, block, low, high, shifts):
-    """Scores to weights for all rows of a unit, in one block of positions low .. high - 1 from `block` on."""
-    group = word(job, w.AT_HEADS) // word(job, w.AT_KV_HEADS)
-    tops = result + all_rows * word(job, w.AT_VALUES + w.SD_SEEN) * 4
-    sums, keeps = tops + all_rows * 4, area + word(job, w.AT_KEEP)
+def _span(job, area, queries, result, kv_first, kv_stop, first, tokens, sinks, start, stop):
+    """Attend to the positions start .. stop - 1, which lie in one span. queries: the area where rows are packed"""
+    keys, values = job + w.AT_KEYS * 8, job + w.AT_VALUES * 8
+    heads, rows = kv_stop - kv_first, rows_of(job, tokens)
+    all_rows, near = heads * rows, sinks and is_sliding(job)
+    shifts = queries + word(job, w.AT_SHIFT) + (all_rows * 4 if near else 0)
+    key_sets = 1 if word(keys, w.SD_SHARED) else heads
+    value_sets = 1 if word(values, w.SD_SHARED) else heads
+    clear_state(job, area, all_rows)
+    clear_values(job, area, result, all_rows)
+    for block in range(start // CACHED * CACHED, stop, CACHED):
+        low, high = max(block, start), min(block + CACHED, stop)
+        for k in range(key_sets):
+            score(job, area, queries, near, all_rows, k * rows, all_rows // key_sets, kv_first + k, block, low, high)
+        sight = first, tokens, sinks, block, low, high
+        weigh_up(job, area, shifts, all_rows, sight)
+        for k in range(value_sets):
+            add_values(job, area, result, k * rows, all_rows // value_sets, all_rows, kv_first + k, sight)
+    finish_values(job, area, result, all_rows)
+    tops = result + all_rows * word(values, w.SD_SEEN) * 4
     for r in range(all_rows):
-        position = clock(job, w.LENGTH) + first + r % rows // group
-        seen_first = low if sinks else max(low, _oldest(job, position))
-        seen_stop = min(high, position + 1) if r % rows < tokens * group else low
-        scores = area + word(job, w.AT_SCORES) + r * CACHED * 4
-        if seen_first >= seen_stop:
-            for i in range(0, CACHED * 4, 64):
-                store_f32(scores, i, splat_f32(np.float32(0.0)))
-            write_f32(keeps, r * 4, np.float32(1.0))
-            continue
-        count = (high - block + 15) // 16 * 16
-        shift = read_f32(shifts, r * 4)
-        total, share = _soften(scores, count, seen_first - block, seen_stop - block, shift, tops + r * 4, keeps + r * 4)
-        write_f32(sums, r * 4, read_f32(sums, r * 4) * share + total)
+        write_f32(tops, r * 4, read_f32(state_of(job, area, all_rows, 0), r * 4))
+        total = simd.sum_lanes(load_f32(state_of(job, area, all_rows, 4), r * 64))
+        write_f32(tops, (all_rows + r) * 4, total)
+
+
+# ==== Joining spans, and the end ====
 
 
 @njit(**BARE)
@@ -203,39 +80,6 @@ def _clear(result, rows, width):
 
 
 @njit(**BARE)
-def _span(job, area, queries, result, kv_first, kv_stop, first, tokens, sinks, start, stop):
-    """Attend to the positions start .. stop - 1, which lie in one span. queries: the area where rows are packed"""
-    keys, values = job + w.AT_KEYS * 8, job + w.AT_VALUES * 8
-    rows = _rows(job, tokens)
-    all_rows = (kv_stop - kv_first) * rows
-    key_width, value_width = word(keys, w.SD_SEEN), word(values, w.SD_SEEN)
-    near = sinks and is_sliding(job)
-    query = queries + word(job, w.AT_NEAR if near else w.AT_QUERY)
-    shifts = queries + word(job, w.AT_SHIFT) + (all_rows * 4 if near else 0)
-    scores, keeps = area + word(job, w.AT_SCORES), area + word(job, w.AT_KEEP)
-    key_sets = 1 if word(keys, w.SD_SHARED) else kv_stop - kv_first
-    value_sets = 1 if word(values, w.SD_SHARED) else kv_stop - kv_first
-    _clear(result, all_rows, value_width)
-    for block in range(start // CACHED * CACHED, stop, CACHED):
-        low, high = max(block, start), min(block + CACHED, stop)
-        skip = low - block
-        for k in range(key_sets):
-            at, n = k * rows, all_rows // key_sets
-            x = _block(job, keys, area, kv_first + k, low, high - low) - skip * key_width * 4
-            a, s = query + at * key_width * 4, scores + at * CACHED * 4
-            dots(a, key_width * 4, n, x, key_width * 4, skip // 4 * 4, high - block, key_width, s, CACHED * 4)
-        _weights(job, area, result, rows, all_rows, first, tokens, sinks, block, low, high, shifts)
-        for k in range(value_sets):
-            at, n = k * rows, all_rows // value_sets
-            x = _block(job, values, area, kv_first + k, low, high - low) - skip * value_width * 4
-            o, s, width = result + at * value_width * 4, scores + at * CACHED * 4, value_width * 4
-            weigh(s, CACHED * 4, n, keeps + at * 4, x, width, skip, high - block, value_width, o, width)
-
-
-# ==== Joining spans, and the end ====
-
-
-@njit(**BARE)
 def _join(total, rows, result, result_rows, start, width):
     """Add rows start .. start + rows - 1 of a span's result to a total of the same form."""
     for r in range(rows):
@@ -245,8 +89,8 @@ def _join(total, rows, result, result_rows, start, width):
         if other == NOTHING:
             continue
         largest = max(top, other)
-        x = simd.first_lane(exp(splat_f32(top - largest))) if top > NOTHING else np.float32(0.0)
-        y = simd.first_lane(exp(splat_f32(other - largest)))
+        x = simd.first_lane(exp2(splat_f32(top - largest)))
+        y = simd.first_lane(exp2(splat_f32(other - largest)))
         for d in range(0, width * 4, 64):
             store_f32(a, d, load_f32(a, d) * splat_f32(x) + load_f32(b, d) * splat_f32(y))
         write_f32(tops, 0, largest)
@@ -295,7 +139,7 @@ def _span_bounds(job, index, oldest, end):
 def _sight(job, first, tokens):
     """What a tile sees besides the sinks: oldest position, end, and the number of spans with those of the sinks."""
     position = clock(job, w.LENGTH) + first
-    oldest, end = _oldest(job, position), position + tokens
+    oldest, end = oldest_of(job, position), position + tokens
     spans = (min(clock(job, w.SINKS), end) + SPAN - 1) // SPAN
     if end > oldest:
         spans += (end - 1) // SPAN - oldest // SPAN + 1
@@ -310,10 +154,10 @@ def attend_whole(job, unit):
     kv_heads = word(job, w.AT_KV_HEADS)
     kv_head = unit % kv_heads
     first, tokens = _tile(job, unit // kv_heads)
-    rows, width = _rows(job, tokens), word(job, w.AT_VALUES + w.SD_SEEN)
+    rows, width = rows_of(job, tokens), word(job, w.AT_VALUES + w.SD_SEEN)
     area = word(job, w.AT_AREA) + unit * word(job, w.AT_AREA_BYTES)
     total, result = area + word(job, w.AT_TOTAL), area + word(job, w.AT_PART)
-    _pack(job, area, kv_head, kv_head + 1, first, tokens)
+    pack(job, area, kv_head, kv_head + 1, first, tokens)
     _clear(total, rows, width)
     oldest, end, count = _sight(job, first, tokens)
     for index in range(count):
@@ -327,7 +171,7 @@ def attend_pack(job, unit):
     """First of three steps for one token: its rows."""
     share = word(job, w.AT_KV_HEADS) // word(job, w.AT_SETS)
     area = word(job, w.AT_AREA) + unit * word(job, w.AT_AREA_BYTES)
-    _pack(job, area, unit * share, (unit + 1) * share, word(job, w.AT_FIRST), 1)
+    pack(job, area, unit * share, (unit + 1) * share, word(job, w.AT_FIRST), 1)
 
 
 def attend_spans(job, unit):
@@ -347,7 +191,7 @@ def attend_spans(job, unit):
 
 def attend_join(job, kv_head):
     """Third: the spans of one key-value head together."""
-    sets, first, rows = word(job, w.AT_SETS), word(job, w.AT_FIRST), _rows(job, 1)
+    sets, first, rows = word(job, w.AT_SETS), word(job, w.AT_FIRST), rows_of(job, 1)
     share, width = word(job, w.AT_KV_HEADS) // sets, word(job, w.AT_VALUES + w.SD_SEEN)
     area = word(job, w.AT_AREA) + kv_head * word(job, w.AT_AREA_BYTES)
     total = area + word(job, w.AT_TOTAL)

@@ -10,22 +10,33 @@ import numpy as np
 from formats import Tensor, dequantize
 
 from ..ring.cache import KVRing
-from .base import GROUP, Decoders, Turns, takes_int8
+from ..ring.codecs import Plane, hadamard, mirrored
+from .base import GROUP, Decoders, Turns, stays_codes, takes_int8
 
 
-def quantize_activations(x: np.ndarray) -> np.ndarray:
-    """Round to int8 in groups of 16 with one scale each (largest magnitude / 127), and back.
+def quantize_activations(x: np.ndarray, size: int = GROUP) -> np.ndarray:
+    """Round to int8 in groups of `size` with one scale each (largest magnitude / 127), and back.
 
     x: (n, in) float32
     returns: (n, in) float32
     """
     n, width = x.shape
-    groups = np.zeros((n, -(-width // GROUP), GROUP), np.float32)
+    groups = np.zeros((n, -(-width // size), size), np.float32)
     groups.reshape(n, -1)[:, :width] = x
     top = np.abs(groups).max(axis=2, keepdims=True)
     inverse = np.divide(np.float32(127), top, out=np.zeros_like(top), where=top > 0)
     levels = np.rint(groups * inverse)
     return (levels * (top / np.float32(127))).reshape(n, -1)[:, :width]
+
+
+def round_queries(x: np.ndarray, keys: Plane) -> np.ndarray:
+    """Round queries to int8 as `quantize_activations` does, in the groups that keys are stored in, rotated like them.
+
+    x: (n_kv_heads, ..., head_dim) float32; returns: as x
+    """
+    rows = hadamard(mirrored(x.reshape(len(x), -1, keys.width), keys.mirror), keys.rotated)
+    rounded = quantize_activations(rows.reshape(-1, keys.width), keys.group).reshape(rows.shape)
+    return mirrored(hadamard(rounded, keys.rotated), keys.mirror).reshape(x.shape)
 
 
 def level_codes(levels: np.ndarray) -> tuple[np.ndarray, np.float32]:
@@ -126,6 +137,9 @@ class NumpyKernels:
         shape = (n, config.n_kv_heads, -1, config.head_dim)
         scale = 1 / np.sqrt(np.float32(config.head_dim))
         window, near = (scale * x.reshape(shape).transpose(1, 2, 0, 3) for x in (q, q_sink))
+        plane = ring.layers[layer].keys
+        if self.int8 and stays_codes(plane, decoders[0], is_keys=True):
+            window, near = round_queries(window, plane), round_queries(near, plane)
         # A running maximum, sum and mean of values (Milakov and Gimelshein, 2018); axes: kv head, head, token, number
         top = np.full((*window.shape[:3], 1), -np.inf, np.float32)
         total, mean = np.zeros_like(top), np.zeros_like(window)

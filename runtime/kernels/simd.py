@@ -36,7 +36,6 @@ from .vectors import (
     U8X64,
     call,
     const,
-    exchanged,
     f32x16,
     i32x16,
     load,
@@ -45,6 +44,7 @@ from .vectors import (
     splat,
     split,
     store,
+    transposed_lines,
     u8x64,
 )
 
@@ -177,13 +177,8 @@ def load_tile(b: ir.IRBuilder, rows: ir.Value, offset: ir.Value) -> ir.Value:
 
     rows: the address of sixteen addresses; offset: to add to each"""
     eight = ir.VectorType(I32, LANES // 2)
-    lines = [load(b, load(b, rows, ir.Constant(I64, 8 * r), I64), offset, eight) for r in range(LANES)]
-    v = [shuffle(b, low, high, list(range(LANES))) for low, high in zip(lines[:8], lines[8:], strict=True)]
-    v = exchanged(b, v)  # each half of the lanes is a square of eight rows by eight columns
-    tile = ir.Constant(ir.ArrayType(U8X64, 8), ir.Undefined)
-    for j in range(8):
-        tile = b.insert_value(tile, b.bitcast(v[j], U8X64), j)
-    return tile
+    starts = [load(b, rows, ir.Constant(I64, 8 * r), I64) for r in range(LANES)]
+    return transposed_lines(b, [load(b, start, offset, eight) for start in starts])
 
 
 @operation(types.void, types.intp, types.intp, types.int64)
@@ -219,6 +214,11 @@ def as_i32(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
 @operation(f32x16, i32x16)
 def bits_to_f32(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
     return b.bitcast(value, F32X16)
+
+
+@operation(i32x16, f32x16)
+def f32_bits(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    return b.bitcast(value, I32X16)
 
 
 @operation(f32x16, i32x16)

@@ -210,6 +210,10 @@ def _f32_to_f16_bits(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
 
 @operation(f32x16, types.intp, types.intp)
 def load_f16_as_f32(b: ir.IRBuilder, base: ir.Value, offset: ir.Value) -> ir.Value:
+    return load_f16(b, base, offset)
+
+
+def load_f16(b: ir.IRBuilder, base: ir.Value, offset: ir.Value) -> ir.Value:
     return _f16_bits_to_f32(b, load(b, base, offset, ir.VectorType(I16, LANES)))
 
 

@@ -8,12 +8,14 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
+from .simd_cpu import load_f16
 from .vectors import (
     F32X16,
     I8,
     I32,
     I32X16,
     LANES,
+    U8X64,
     const,
     exchanged,
     f32x16,
@@ -23,6 +25,8 @@ from .vectors import (
     shuffle,
     splat,
     store,
+    transposed_lines,
+    u8x64,
 )
 
 _QUARTER = 4  # lanes of 128 bits
@@ -106,3 +110,64 @@ def prefetch(b: ir.IRBuilder, base: ir.Value, offset: ir.Value) -> None:
         b.module, ir.FunctionType(ir.VoidType(), [where.type, I32, I32, I32]), "llvm.prefetch.p0"
     )
     b.call(function, [where, *hints])
+
+
+@operation(types.UniTuple(u8x64, 8), types.intp, types.intp)
+def strided_tile(b: ir.IRBuilder, base: ir.Value, stride: ir.Value) -> ir.Value:
+    """32 bytes of sixteen rows, `stride` bytes apart, transposed as `simd.load_tile` does."""
+    lines = []
+    for _ in range(LANES):
+        lines.append(b.load(b.inttoptr(base, ir.VectorType(I32, LANES // 2).as_pointer()), align=1))
+        base = b.add(base, stride)
+    return transposed_lines(b, lines)
+
+
+def _quads(n: int) -> Any:
+    lanes = n // 16  # of 128 bits: first every one by itself
+
+    def zipped(b: ir.IRBuilder, x: ir.Value, y: ir.Value, size: int) -> list[ir.Value]:
+        """Interleave pieces of `size` bytes of the lower half of every lane, then of the upper one."""
+        order = [16 * lane + half + i + k for lane in range(lanes) for half in (0, 8) for i in range(0, 8, size)
+                 for k in (*range(size), *range(n, n + size))]  # fmt: skip
+        return [shuffle(b, x, y, [k for i, k in enumerate(order) if i // 16 % 2 == half]) for half in (0, 1)]
+
+    def emit(b: ir.IRBuilder, base: ir.Value, stride: ir.Value) -> ir.Value:
+        rows = []
+        for _ in range(4):
+            rows.append(b.load(b.inttoptr(base, ir.VectorType(I8, n).as_pointer()), align=1))
+            base = b.add(base, stride)
+        pairs = zip(zipped(b, rows[0], rows[1], 1), zipped(b, rows[2], rows[3], 1), strict=True)
+        v = [part for low, high in pairs for part in zipped(b, low, high, 2)]  # columns 4 k .. 4 k + 3 of all lanes
+        result = ir.Constant(ir.ArrayType(U8X64, lanes), ir.Undefined)
+        for lane in range(lanes):
+            part = list(range(16 * lane, 16 * lane + 16)) + list(range(n + 16 * lane, n + 16 * lane + 16))
+            halves = shuffle(b, v[0], v[1], part), shuffle(b, v[2], v[3], part)
+            result = b.insert_value(result, shuffle(b, halves[0], halves[1], list(range(64))), lane)
+        return result
+
+    emit.__name__ = f"quads_{n}"
+    emit.__doc__ = f"{n} bytes of four rows, `stride` bytes apart, sixteen in a vector: lane i is byte i of each row."
+    return operation(types.UniTuple(u8x64, lanes), types.intp, types.intp)(emit)
+
+
+quads_16, quads_32, quads_64 = _quads(16), _quads(32), _quads(64)
+
+
+def _spread_f16(n: int) -> Any:
+    def emit(b: ir.IRBuilder, source: ir.Value, out: ir.Value, stride: ir.Value) -> None:
+        vectors = [load_f16(b, source, ir.Constant(source.type, 32 * i)) for i in range(n)]
+        step = n
+        while step > 1:  # each time the lowest bit of a number's place becomes the highest
+            pairs = list(zip(vectors[::2], vectors[1::2], strict=True))
+            vectors = [shuffle(b, pair[0], pair[1], list(range(odd, 2 * LANES, 2))) for odd in (0, 1) for pair in pairs]
+            step //= 2
+        for vector in vectors:
+            store(b, out, ir.Constant(out.type, 0), vector)
+            out = b.add(out, stride)
+
+    emit.__name__ = f"spread_f16_{n}"
+    emit.__doc__ = f"Sixteen rows of {n} float16, without gaps, as columns of float32, `stride` bytes apart."
+    return operation(types.void, types.intp, types.intp, types.intp)(emit)
+
+
+spread_f16_2, spread_f16_4, spread_f16_8 = (_spread_f16(n) for n in (2, 4, 8))

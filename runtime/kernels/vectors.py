@@ -133,6 +133,16 @@ def exchanged(b: ir.IRBuilder, rows: list[ir.Value]) -> list[ir.Value]:
     return rows
 
 
+def transposed_lines(b: ir.IRBuilder, lines: list[ir.Value]) -> ir.Value:
+    """The tile of sixteen rows of eight lanes."""
+    v = [shuffle(b, low, high, list(range(LANES))) for low, high in zip(lines[:8], lines[8:], strict=True)]
+    v = exchanged(b, v)  # each half of the lanes is a square of eight rows by eight columns
+    tile = ir.Constant(ir.ArrayType(U8X64, 8), ir.Undefined)
+    for j in range(8):
+        tile = b.insert_value(tile, b.bitcast(v[j], U8X64), j)
+    return tile
+
+
 # ==== Operators ====
 
 

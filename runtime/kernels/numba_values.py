@@ -1,0 +1,208 @@
+"""Sums of values: a block's vectors, weighted, are added to what a unit's rows have summed so far.
+
+Values that stay codes are summed in integers: weights times scales are rounded to 14 bits of the largest that a row
+has in a group, and split in two bytes. Codes of four tokens lie together, a column to a lane.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from . import simd
+from . import words as w
+from .compiling import BARE
+from .numba_blocks import decoded, find, is_direct, look_ahead, spread_scales
+from .numba_math import word
+from .numba_queries import rows_of
+from .numba_ring import Q4
+from .numba_tiles import weigh, weigh_f16
+from .numba_weights import sees_all, sight_of, state_of
+from .simd import dot4, fma, load_f32, load_u8, read_f32, splat_f32, splat_i32, splat_quad, store_f32, to_f32, write_f32
+from .simd_tiles import keep_lanes, quads_32, quads_64
+from .words import CACHED
+
+TOP = np.float32(16383.0)  # the largest weight: two bytes of 7 bits
+PLANES = 2 * CACHED  # bytes of a row's weights: high ones, then low ones
+
+
+@njit(forceinline=True)
+def _store_nibbles(v, out):
+    simd.store_u8(out, 0, v & 15)
+    simd.store_u8(out, 64, (v >> 4) & 15)
+
+
+@njit(**BARE)
+def _spread_codes(side, codes, out):
+    """Codes of a block as bytes: for each group, for each four tokens, its columns of these four together."""
+    stride, size = word(side, w.SD_CODE_BYTES), word(side, w.SD_GROUP)
+    is_q4, step = word(side, w.SD_CODEC) == Q4, max(32, size)
+    look_ahead(codes, stride, CACHED)
+    for start in range(0, stride, step):
+        for j in range(0, CACHED, 4):
+            rows, target = codes + j * stride + start, out + j * size
+            if size == 64:
+                v = quads_64(rows, stride)
+                simd.store_u8(target, 0, v[0])
+                simd.store_u8(target, 64, v[1])
+                simd.store_u8(target, 128, v[2])
+                simd.store_u8(target, 192, v[3])
+            elif is_q4:
+                a, b = quads_32(rows, stride)
+                _store_nibbles(a, target)
+                if start + 32 <= stride:
+                    _store_nibbles(b, target + CACHED * size)
+            else:
+                a, b = quads_32(rows, stride)
+                simd.store_u8(target, 0, a)
+                simd.store_u8(target, 64, b)
+        out += CACHED * size * (2 if is_q4 else 1)
+
+
+@njit(forceinline=True)
+def _invert(scales, start, stop, out):
+    """out = scales / the largest of those of tokens start .. stop - 1, in units of TOP. Returns what undoes that."""
+    top = splat_f32(np.float32(0.0))
+    for i in range(0, CACHED, 16):
+        seen = keep_lanes(load_f32(scales, i * 4), start - i, stop - i, np.float32(0.0))
+        top = simd.larger_magnitude(top, seen)
+    largest = simd.largest_magnitude(top)
+    inverse = TOP / largest if largest > np.float32(0.0) else np.float32(0.0)
+    for i in range(0, CACHED, 16):
+        store_f32(out, i * 4, load_f32(scales, i * 4) * inverse)
+    return largest / TOP
+
+
+@njit(forceinline=True)
+def _split(weights, scales, planes):
+    """Round weights times scales and write their high and their low bytes."""
+    for i in range(0, CACHED, 16):
+        # At 1.5 * 2^23 a float's last bit counts ones.
+        x = fma(load_f32(weights, i * 4), load_f32(scales, i * 4), splat_f32(np.float32(12582912.0)))
+        bits = simd.f32_bits(x)
+        simd.store_i32_as_i8(planes, i, bits >> 7)
+        simd.store_i32_as_i8(planes, CACHED + i, bits & 127)
+
+
+@njit(forceinline=True)
+def _four_dots(sums, weights, a, b):
+    """Four tokens' products with two vectors of columns: (high bytes' a, b, low bytes' a, b)"""
+    high, low = splat_quad(weights, 0), splat_quad(weights, CACHED)
+    return dot4(sums[0], high, a), dot4(sums[1], high, b), dot4(sums[2], low, a), dot4(sums[3], low, b)
+
+
+@njit(forceinline=True)
+def _multiply(codes, stride, planes, keep, factors, out, out_stride):
+    """Add 32 columns' sums to four rows of the result."""
+    zero = splat_i32(np.int32(0))
+    s0 = s1 = s2 = s3 = (zero, zero, zero, zero)
+    for j in range(0, CACHED, 4):
+        a, b = load_u8(codes, j // 4 * stride), load_u8(codes, j // 4 * stride + 64)
+        s0, s1 = _four_dots(s0, planes + j, a, b), _four_dots(s1, planes + PLANES + j, a, b)
+        s2, s3 = _four_dots(s2, planes + 2 * PLANES + j, a, b), _four_dots(s3, planes + 3 * PLANES + j, a, b)
+    _add_pair(out, keep, factors, s0)
+    _add_pair(out + out_stride, keep + 4, factors + 4, s1)
+    _add_pair(out + 2 * out_stride, keep + 8, factors + 8, s2)
+    _add_pair(out + 3 * out_stride, keep + 12, factors + 12, s3)
+
+
+@njit(forceinline=True)
+def _add_pair(out, keep, factor, s):
+    x, y = splat_f32(read_f32(keep, 0)), splat_f32(read_f32(factor, 0))
+    store_f32(out, 0, fma(to_f32((s[0] << 7) + s[2]), y, load_f32(out, 0) * x))
+    store_f32(out, 64, fma(to_f32((s[1] << 7) + s[3]), y, load_f32(out, 64) * x))
+
+
+@njit(forceinline=True)
+def _add_bases(weights, base, keep, share, sums):
+    """sums = sums * keep + share * the products of a row's weights with bases, in sixteen lanes."""
+    total = splat_f32(np.float32(0.0))
+    for i in range(0, CACHED, 16):
+        total = fma(load_f32(weights, i * 4), load_f32(base, i * 4), total)
+    past = load_f32(sums, 0) * splat_f32(read_f32(keep, 0))
+    store_f32(sums, 0, fma(total, splat_f32(read_f32(share, 0)), past))
+
+
+@njit(**BARE)
+def _exact_sums(job, area, result, units, at, n, all_rows, sight):
+    """Add a block's values, in scratch as _spread_codes leaves them, to rows at .. at + n - 1."""
+    side = job + w.AT_VALUES * 8
+    width, size, is_q4 = word(side, w.SD_SEEN), word(side, w.SD_GROUP), word(side, w.SD_CODEC) == Q4
+    codes, planes, own = area + word(job, w.AT_QUADS), area + word(job, w.AT_PLANES), area + word(job, w.AT_OWN)
+    keeps, shares = state_of(job, area, all_rows, 2) + at * 4, state_of(job, area, all_rows, 3) + at * 4
+    factors = state_of(job, area, all_rows, 1) + at * 4
+    weights, inverse = area + word(job, w.AT_SCORES) + at * CACHED * 4, own + CACHED * 4
+    whole, rows = sees_all(job, sight), rows_of(job, sight[1])
+    for g in range(width // size):
+        scales = units + (2 * g if is_q4 else g) * CACHED * 4
+        unit = _invert(scales, 0, CACHED, inverse)
+        for r in range(n):
+            if whole:
+                _split(weights + r * CACHED * 4, inverse, planes + r * PLANES)
+                write_f32(factors, r * 4, unit * read_f32(shares, r * 4))
+            else:  # what others see must not matter
+                start, stop = sight_of(job, at + r, rows, sight)
+                factor = _invert(scales, start, stop, own)
+                _split(weights + r * CACHED * 4, own, planes + r * PLANES)
+                write_f32(factors, r * 4, factor * read_f32(shares, r * 4))
+        if is_q4:
+            bases = area + word(job, w.AT_BASES) + (g * all_rows + at) * 64
+            for r in range(n):
+                _add_bases(weights + r * CACHED * 4, scales + CACHED * 4, keeps + r * 4, shares + r * 4, bases + r * 64)
+        for d in range(0, size, 32):
+            out = result + (at * width + g * size + d) * 4
+            for r in range(0, n, 4):
+                _multiply(codes + d * 4, size * 4, planes + r * PLANES, keeps + r * 4, factors + r * 4,
+                          out + r * width * 4, width * 4)  # fmt: skip
+        codes += CACHED * size
+
+
+@njit(**BARE)
+def add_values(job, area, result, at, n, all_rows, kv_head, sight):
+    """Add a block's values to rows at .. at + n - 1, all of one key-value head if heads have values of their own."""
+    side = job + w.AT_VALUES * 8
+    width = word(side, w.SD_SEEN)
+    head = kv_head if word(side, w.SD_HEADS) > 1 else 0
+    _, _, _, block, low, high = sight
+    if word(side, w.SD_INT8):
+        codes, scales = find(job, side, area, head, block, low, high)
+        units = area + word(job, w.AT_UNITS)
+        spread_scales(side, scales, units)
+        _spread_codes(side, codes, area + word(job, w.AT_QUADS))
+        _exact_sums(job, area, result, units, at, n, all_rows, sight)
+        return
+    weights, out = area + word(job, w.AT_SCORES) + at * CACHED * 4, result + at * width * 4
+    keep, share = state_of(job, area, all_rows, 2) + at * 4, state_of(job, area, all_rows, 3) + at * 4
+    start, stop = low - block, high - block
+    if is_direct(side, n):
+        x, _ = find(job, side, area, head, block, low, high)
+        weigh_f16(weights, CACHED * 4, n, keep, share, x, width * 2, start, stop, width, out, width * 4)
+    else:
+        x = decoded(job, side, area, kv_head, low, high - low) - start * width * 4
+        weigh(weights, CACHED * 4, n, keep, share, x, width * 4, start, stop, width, out, width * 4)
+
+
+@njit(**BARE)
+def clear_values(job, area, result, all_rows):
+    """Nothing is summed yet."""
+    side = job + w.AT_VALUES * 8
+    width = word(side, w.SD_SEEN)
+    for i in range(0, all_rows * width * 4, 64):
+        store_f32(result, i, splat_f32(np.float32(0.0)))
+    if word(side, w.SD_INT8) and word(side, w.SD_CODEC) == Q4:
+        for i in range(0, width // 32 * all_rows * 64, 64):
+            store_f32(area + word(job, w.AT_BASES), i, splat_f32(np.float32(0.0)))
+
+
+@njit(**BARE)
+def finish_values(job, area, result, all_rows):
+    """Add what bases came to."""
+    side = job + w.AT_VALUES * 8
+    width = word(side, w.SD_SEEN)
+    if word(side, w.SD_INT8) and word(side, w.SD_CODEC) == Q4:
+        for g in range(width // 32):
+            for r in range(all_rows):
+                base = splat_f32(simd.sum_lanes(load_f32(area + word(job, w.AT_BASES), (g * all_rows + r) * 64)))
+                for i in range(0, 128, 64):
+                    at = (r * width + g * 32) * 4 + i
+                    store_f32(result, at, load_f32(result, at) + base)
