@@ -22,7 +22,7 @@ from runtime.tokenizer import load_tokenizer
 from tests import tiny
 from tools import kv_fit
 from tools.kv_statistics import SINKS, collect
-from tools.kv_trial import Judge, Learned, install
+from tools.kv_trial import SOME, Judge, Learned, install
 from tools.learn_kv import main
 
 WIDTH, RANK = 32, 12
@@ -211,12 +211,12 @@ def test_damage_is_the_divergence_of_whole_runs(model: Path, text: Path) -> None
         parts = kv_fit.fit(random_psd(rng, WIDTH), np.eye(WIDTH), np.zeros(WIDTH)).parts(RANK)
         trials[layer] = Learned(KVModule(layer, "v", RANK, biases=("decoder",)), parts)
     damage = Judge(loaded, list(ids), 2, "f32").damage(trials)
-    base = [log_softmax(loaded.forward(window[:-1], loaded.new_cache(32), "all")) for window in ids]
+    base = [log_softmax(loaded.forward(window[:-1], loaded.new_cache(32), "all")[SOME]) for window in ids]
     for layer, trial in trials.items():
         install(loaded, [trial])
         kl = []
         for window, p in zip(ids, base, strict=True):
-            q = log_softmax(loaded.forward(window[:-1], loaded.new_cache(32), "all"))
+            q = log_softmax(loaded.forward(window[:-1], loaded.new_cache(32), "all")[SOME])
             kl.append((np.exp(p) * (p - q)).sum(axis=1).mean())
         install(loaded, [])
         assert damage[layer] == pytest.approx(np.mean(kl), rel=1e-3) and damage[layer] > 1e-4

@@ -39,7 +39,7 @@ from tools.perplexity import read_text
 Fits = dict[int, kv_fit.Fit]  # by layer
 
 HELD_OUT = 8  # windows that no covariance is taken from, at most
-TRIED = 2  # of them, those that single layers are tried on: at all positions, which tell enough
+TRIED = 2  # of them, those that single layers are tried on
 MIN_WINDOWS = 4
 
 
