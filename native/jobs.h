@@ -48,9 +48,7 @@ INLINE void quantize_group(words job, const float *x, int64_t k, int64_t nibbles
         v_store_i8(quants + i, q);
         total += q;
     }
-    int32_t sum = 0;
-    for (int i = 0; i < LANES; i++) sum += total[i];
-    *(int32_t *)at(job[SUMS], k * 4) = sum;
+    *(int32_t *)at(job[SUMS], k * 4) = v_sum_lanes(total);
     *(float *)at(job[SCALES], k * 4) = largest / 127.0f;
     if (job[WANTED] & QUANTS_IN_ORDER) memcpy(at(job[QUANTS], k * GROUP), quants, GROUP);
     if (job[WANTED] & QUANTS_AS_NIBBLES) evens_first(quants, at(job[QUANTS], (nibbles + k) * GROUP));
@@ -66,6 +64,7 @@ KERNEL(pack_activations) {
     for (int64_t g = 0; g < groups; g++)
         for (int64_t token = first; token < stop; token++) {
             const float *x = at(job[X], token * job[X_STRIDE] + g * GROUP * 4);
+            __builtin_prefetch(x + 4 * GROUP);  // so many rows are more than the hardware follows
             float filled[GROUP] = {0};
             if ((g + 1) * GROUP > width) x = memcpy(filled, x, max_of(0, width - g * GROUP) * 4);
             if (job[WANTED] & FLOATS) memcpy(at(job[PADDED], token * job[PADDED_STRIDE] + g * GROUP * 4), x, GROUP * 4);

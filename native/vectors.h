@@ -36,6 +36,7 @@
 //   v_load_u8(p), v_load_i8(p)         LANES bytes as integers
 //   v_load_nibbles(p)    LANES / 2 bytes as 4-bit numbers, the high nibble of each byte first; higher bits are junk
 //   v_store_i8(p, x)     the low bytes of the lanes
+//   v_sum_lanes(x), v_top_lane(x)      the sum and the largest of integer lanes
 //   v_quarter(x, i)      lanes 4 i .. 4 i + 3 of sixteen
 
 enum { BYTES = 4 * LANES };  // of a vector
@@ -174,8 +175,7 @@ INLINE vf v_larger(vf x, vf y) {
 }
 
 INLINE float largest_magnitude(vf x) {
-    int32_t largest = ((vi)x)[0];
-    for (int i = 1; i < LANES; i++) largest = largest > ((vi)x)[i] ? largest : ((vi)x)[i];
+    int32_t largest = v_top_lane((vi)x);
     float magnitude;
     memcpy(&magnitude, &largest, sizeof magnitude);
     return magnitude;

@@ -45,6 +45,18 @@ static inline vi v_dot4_i8(vi acc, vu q, vu x) {
 }
 #endif
 
+static inline int32_t v_sum_lanes(vi x) {
+    __m128i y = _mm_add_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
+    y = _mm_add_epi32(y, _mm_shuffle_epi32(y, 0x4E));
+    return _mm_cvtsi128_si32(_mm_add_epi32(y, _mm_shuffle_epi32(y, 0xB1)));
+}
+
+static inline int32_t v_top_lane(vi x) {
+    __m128i y = _mm_max_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
+    y = _mm_max_epi32(y, _mm_shuffle_epi32(y, 0x4E));
+    return _mm_cvtsi128_si32(_mm_max_epi32(y, _mm_shuffle_epi32(y, 0xB1)));
+}
+
 static inline __m256 eight(const float *table, vi index) {
     return _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), (__m256i)index);
 }

@@ -29,6 +29,8 @@ typedef float v4f __attribute__((vector_size(16)));
 #define v_load_u8(p) ((vi)_mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)(p))))
 #define v_load_i8(p) ((vi)_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)(p))))
 #define v_store_i8(p, x) _mm_storeu_si128((void *)(p), _mm512_cvtepi32_epi8((__m512i)(x)))
+#define v_sum_lanes(x) _mm512_reduce_add_epi32((__m512i)(x))
+#define v_top_lane(x) _mm512_reduce_max_epi32((__m512i)(x))
 #define v_quarter(x, i) ((v4f)_mm512_extractf32x4_ps((x)[0], i))
 
 static inline vi v_load_nibbles(const uint8_t *p) {

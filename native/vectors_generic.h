@@ -40,6 +40,12 @@ static inline vi v_dot4_i8(vi acc, vu q, vu x) {
     return acc;
 }
 
+static inline int32_t v_sum_lanes(vi x) { return (x[0] + x[1]) + (x[2] + x[3]); }
+static inline int32_t v_top_lane(vi x) {
+    int32_t low = x[0] > x[1] ? x[0] : x[1], high = x[2] > x[3] ? x[2] : x[3];
+    return low > high ? low : high;
+}
+
 static inline vu v_lookup_u8(const uint8_t *table, vu index) {
     vu found;
     for (int i = 0; i < 16; i++) found[i] = table[index[i]];

@@ -21,6 +21,8 @@ typedef vf v4f;
 #define v_load_f16(p) ((vf)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const uint16_t *)(p)))))
 #define v_store_f16(p, x) vst1_u16((uint16_t *)(p), vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)(x))))
 #define v_read_f16(p) ((float)*(const __fp16 *)(p))
+#define v_sum_lanes(x) vaddvq_s32((int32x4_t)(x))
+#define v_top_lane(x) vmaxvq_s32((int32x4_t)(x))
 #define v_quarter(x, i) ((x)[i])
 
 // Byte places, within a table of floats, of the floats with these numbers.

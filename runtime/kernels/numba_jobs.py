@@ -14,6 +14,7 @@ from . import simd
 from .base import GROUP
 from .numba_math import word
 from .simd import load_f32, read_f32, store_f32
+from .simd_tiles import prefetch
 from .words import (
     ADD,
     BIAS,
@@ -56,6 +57,7 @@ def _inputs(job, token, group):
     """16 inputs of a token, zero beyond its width."""
     width, first = word(job, WIDTH), group * GROUP
     source = word(job, X) + token * word(job, X_STRIDE) + first * 4
+    prefetch(source, 4 * GROUP * 4)  # so many rows are more than the hardware follows
     if first + GROUP <= width:
         return load_f32(source, 0)
     some = simd.scratch_64()
