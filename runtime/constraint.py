@@ -87,7 +87,10 @@ def json_grammar(schema: Mapping[str, Any] | bool) -> str:
         raise OptionError(f"the JSON schema is not JSON: {exc}") from exc
     if len(text) > LARGEST_SCHEMA:
         raise OptionError(f"the JSON schema has {len(text)} characters; at most {LARGEST_SCHEMA} are read")
-    return str(LLMatcher.grammar_from_json_schema(text, overrides=COMPACT))
+    try:
+        return str(LLMatcher.grammar_from_json_schema(text, overrides=COMPACT))
+    except ValueError as exc:
+        raise OptionError(f"the JSON schema cannot be used: {_first_line(str(exc))}") from exc
 
 
 def schema_of(response_format: Any) -> Mapping[str, Any] | None:

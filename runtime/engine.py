@@ -23,6 +23,7 @@ from .options import (
     check_arguments,
     check_bias,
     check_ids,
+    check_known,
     check_max_tokens,
     check_prompt,
     check_signals,
@@ -128,10 +129,11 @@ class Engine:
     def detokenize(self, ids: Sequence[int], special: bool = False) -> str:
         """Return the text of ids. special: write control tokens out, where otherwise they are left out.
 
-        Raises OptionError for something else than ids."""
+        Raises OptionError for something else than ids of the vocabulary."""
         self._check_open()
-        ids = check_ids(ids, "only a list of token ids can be detokenized").tolist()
-        return self.tokenizer.decode(ids, special=special)
+        array = check_ids(ids, "only a list of token ids can be detokenized")
+        check_known(array, self.config.vocab_size)
+        return self.tokenizer.decode(array.tolist(), special=special)
 
     def sampler(self, seed: int | None = None, **options: Any) -> Sampler:
         """Make a sampler: options that are None come from the model's file. Raises OptionError."""
@@ -155,7 +157,7 @@ class Engine:
         chat_format = chat_format.with_tools(tools) if tools else chat_format
         checked = chat_format.check(messages)
         if options.get("overflow", "error") == "error":
-            check_length("".join(message.content for message in checked), self.tokenizer, self.n_ctx)
+            check_length("".join([tools, *(message.content for message in checked)]), self.tokenizer, self.n_ctx)
         ids = chat_format.encode(self.tokenizer, checked)
         sinks = DEFAULT_SINKS
         if self.keep is None:

@@ -78,6 +78,13 @@ def check_ids(ids: Any, wanted: str) -> np.ndarray:
     return array
 
 
+def check_known(ids: np.ndarray, vocab_size: int) -> None:
+    """Raise OptionError naming the first of some ids that no token has."""
+    unknown = ids[(ids < 0) | (ids >= vocab_size)]
+    if unknown.size:
+        raise OptionError(f"there is no token {unknown[0]}; ids go from 0 to {vocab_size - 1}")
+
+
 def check_prompt(ids: Any, vocab_size: int, n_ctx: int | None = None) -> list[int]:
     """Return the ids of a prompt as a list; n_ctx: the most there may be, None for any number.
 
@@ -86,9 +93,7 @@ def check_prompt(ids: Any, vocab_size: int, n_ctx: int | None = None) -> list[in
     array = check_ids(ids, "a prompt must be a text or a list of token ids")
     if array.size == 0:
         raise OptionError("the prompt is empty; give it at least one token")
-    if array.min() < 0 or array.max() >= vocab_size:
-        wrong = next(int(i) for i in array if not 0 <= i < vocab_size)
-        raise OptionError(f"there is no token {wrong}; ids go from 0 to {vocab_size - 1}")
+    check_known(array, vocab_size)
     if n_ctx is not None and len(array) > n_ctx:
         raise overflow_error(len(array), n_ctx)
     return [int(i) for i in array]

@@ -255,7 +255,7 @@ def test_loopback() -> None:
 FIELDS = ("messages", "prompt", "input", "model", "n", "stream", "stream_options", "temperature", "top_p", "top_k",
           "min_p", "seed", "stop", "logit_bias", "logprobs", "top_logprobs", "response_format", "tools", "tool_choice",
           "repeat_penalty", "presence_penalty", "max_completion_tokens", "content", "tokens", "overflow", "user",
-          "encoding_format", "pooling", "echo")  # fmt: skip
+          "encoding_format", "pooling", "echo", "\ud800")  # fmt: skip
 LEAVES = st.one_of(
     st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(allow_nan=False, allow_infinity=False),
     st.text(max_size=8), st.sampled_from(["", "user", "json_object", "auto", "required", "\ud800", "\0"]),

@@ -163,6 +163,7 @@ def _log_to_stderr() -> None:
     handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     for name in ("tritllama", "uvicorn.error"):
         logging.getLogger(name).addHandler(handler)
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # not a line for each request that is no HTTP
 
 
 if __name__ == "__main__":

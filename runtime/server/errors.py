@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 
 from ..messages.chat_format import ChatFormatError
@@ -46,6 +47,8 @@ def as_api_error(error: BaseException) -> ApiError:
     """Turn what a request ran into into its answer; what is our own fault is logged and not told."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, ClientDisconnect):
+        return ApiError(499, "the client has gone")
     if isinstance(error, ContextOverflowError):
         return ApiError(400, str(error), code="context_length_exceeded")
     if isinstance(error, (OptionError, ChatFormatError, TokenizerError)):

@@ -9,13 +9,22 @@ from typing import Any
 
 from .errors import ApiError
 
+MOST_VALUES = 1 << 19
+
 Check = Callable[[str, Any], Any]  # a field's name and value to the value that is used; raises ApiError
 
 
 def parse(raw: bytes) -> dict[str, Any]:
     """Read a request's body as a JSON object. Raises ApiError."""
+    # Each value becomes an object, so their number is what a body costs; commas and brackets bound it beforehand.
+    if sum(raw.count(mark) for mark in (b",", b"[", b"{")) > MOST_VALUES:
+        raise ApiError(400, f"the body holds more than {MOST_VALUES} values, or commas and brackets")
     try:
         body = json.loads(raw, parse_constant=_no_number, parse_float=_finite)
+        if b"\\u" in raw:
+            json.dumps(body, ensure_ascii=False).encode()
+    except UnicodeEncodeError as exc:
+        raise ApiError(400, "a text in the body holds half of a surrogate pair") from exc
     except (ValueError, RecursionError) as exc:
         raise ApiError(400, f"the body is not JSON: {exc}") from exc
     if not isinstance(body, dict):

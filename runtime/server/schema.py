@@ -72,8 +72,8 @@ EMBEDDING: dict[str, Check] = {
     "pooling": only(*POOLINGS),
     "user": text(1000),
 }
-TOKENIZE: dict[str, Check] = {"content": text(1 << 23), "add_special": flag, "parse_special": flag}
-DETOKENIZE: dict[str, Check] = {"tokens": ids(1 << 20)}
+TOKENIZE: dict[str, Check] = {"content": text(1 << 20), "add_special": flag, "parse_special": flag}
+DETOKENIZE: dict[str, Check] = {"tokens": ids(1 << 18)}
 
 
 @dataclass
