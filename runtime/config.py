@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 from typing import Any, NoReturn
 
@@ -12,6 +11,7 @@ MAX_DIM = 1 << 20
 MAX_LAYERS = 4096
 MAX_HEAD_DIM = 512
 MAX_CONTEXT = 1 << 31
+SMALLEST = 1e-30
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,9 @@ class _Reader:
 
     def number(self, name: str) -> float:
         value: Any = self.values.get(name)
-        if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
-            self.fail(name, "a positive number")
+        # Wider than any model needs, and narrow enough that no angle of RoPE is beyond a number.
+        if type(value) not in (int, float) or not SMALLEST <= value <= 1 / SMALLEST:
+            self.fail(name, f"a number from {SMALLEST:g} to {1 / SMALLEST:g}")
         return float(value)
 
     def flag(self, name: str) -> bool:

@@ -7,26 +7,13 @@ import math
 import numpy as np
 
 from .config import ModelConfig
-from .errors import ConfigError
 
 
 def frequencies(config: ModelConfig) -> np.ndarray:
     """Angle per position of each pair of a head.
 
     returns: (head_dim / 2,) float64, radians
-    Raises ConfigError if they are too large for numbers.
     """
-    with np.errstate(over="ignore", invalid="ignore"):
-        found = _frequencies(config)
-    if not np.isfinite(found).all():
-        raise ConfigError(
-            f"rope_theta {config.rope_theta} with rope_scaling {config.rope_scaling} gives angles that are no numbers; "
-            "the file's config is damaged: convert the model again"
-        )
-    return found
-
-
-def _frequencies(config: ModelConfig) -> np.ndarray:
     exponents = np.arange(0, config.head_dim, 2) / config.head_dim
     base: np.ndarray = 1.0 / config.rope_theta**exponents
     scaling = config.rope_scaling

@@ -232,6 +232,13 @@ def test_values_beyond_float16_are_named(folder: Path, quant: str) -> None:
     to_trit(folder, "bf16")
 
 
+def test_what_no_header_can_hold_is_the_sources_fault(folder: Path) -> None:
+    edit_json(folder / "tokenizer_config.json", chat_template="[" * 300_000)
+    with pytest.raises(SourceError, match=r"does not fit into the header.*more than 250000 values") as caught:
+        to_trit(folder, "f16")
+    assert caught.value.path == str(folder) and left(folder) == []
+
+
 @pytest.mark.parametrize("name", [WQ, "norm"])
 @pytest.mark.parametrize("quant", ["trit3", "nf4"])
 def test_values_beyond_any_sum_are_named(folder: Path, quant: str, name: str) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 from ..codecs import CODECS, align, beyond_range
 from ..codecs.base import Rows, Streamed
 from ..codecs.trit_codec import Encode, encode_reference
-from ..errors import SourceError
+from ..errors import HeaderError, SourceError
 from ..kv_modules import FEATURE, module_tensors
 from ..sources.source import Source
 from ..unfinished import naming
@@ -123,8 +123,11 @@ def convert_several(
         for summary, options in jobs:
             header = {**metadata, "source": {**metadata["source"], "options": options}}
             names = [item.name for item in summary.plan]
-            with naming(summary.path):
-                writers.append(stack.enter_context(TritWriter(summary.path, header, names, overwrite)))
+            try:
+                with naming(summary.path):
+                    writers.append(stack.enter_context(TritWriter(summary.path, header, names, overwrite)))
+            except HeaderError as exc:
+                raise SourceError(source.path, f"does not fit into the header of a file: {exc.message}") from exc
         plans = _write(summaries, writers, encode, progress, report)
         for path, stamp in _stamps(source).items():
             if stamp != before[path]:
