@@ -14,8 +14,9 @@ from typing import Any, TypeVar
 from . import budget
 from .constraint import vocabulary
 from .generate import DEFAULT_SINKS, Criterion, Run, Session, Stats, TextPiece, common_length, generate_text
-from .messages.chat_format import ChatFormat, ChatFormatError, select_format
-from .messages.chat_pieces import Message
+from .messages.chat_format import ChatFormat
+from .messages.chat_pieces import ChatFormatError, Message
+from .messages.recognise import select_format
 from .model import Model, Signal
 from .options import (
     DEFAULT_N_BATCH,

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from runtime.messages.chat_format import recognise, select_format
 from runtime.messages.chat_pieces import ChatFormatError, Message
+from runtime.messages.recognise import recognise, select_format
 from tests.byte_tokenizer import CONTROLS, ByteTokenizer
 
 TEMPLATES = Path(__file__).parent / "data" / "templates"

@@ -121,7 +121,7 @@ def test_a_matrix_in_row_blocks_equals_the_matrix_at_once(
 ) -> None:
     for quant in ("q8", "f16", "bf16", "f32"):
         to_trit(folder, quant, name=f"{quant}-whole.trit", embed=quant)
-    monkeypatch.setattr("formats.conversion.convert.BLOCK_ELEMENTS", 200)
+    monkeypatch.setattr("formats.conversion.pack.BLOCK_ELEMENTS", 200)
     for quant in ("q8", "f16", "bf16", "f32"):
         to_trit(folder, quant, name=f"{quant}-rows.trit", embed=quant)
         whole, rows = (folder.parent / f"{quant}-{how}.trit" for how in ("whole", "rows"))

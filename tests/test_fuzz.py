@@ -28,7 +28,7 @@ from formats.errors import FormatError
 from formats.sources.source import open_source
 from runtime import Llama
 from runtime.errors import CacheError, ConfigError, LogitsError
-from runtime.messages.chat_format import ChatFormatError
+from runtime.messages.chat_pieces import ChatFormatError
 from runtime.tokenizer import TokenizerError
 from tests import tiny
 from tests.checkpoints import LLAMA3, write_gguf, write_hf

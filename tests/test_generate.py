@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from runtime.generate import Run, Session, StopStrings, common_length, generate, generate_text
+from runtime.generate import Run, Session, common_length, generate, generate_text
 from runtime.sampler import Sampler
+from runtime.stops import StopStrings
 from tests.byte_tokenizer import ByteTokenizer
 from tests.fake_model import FakeModel, says
 

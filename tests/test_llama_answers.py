@@ -11,8 +11,7 @@ import pytest
 
 from runtime import Llama
 from runtime.errors import LogitsError
-from runtime.messages.chat_format import ChatFormatError
-from runtime.messages.chat_pieces import Message
+from runtime.messages.chat_pieces import ChatFormatError, Message
 from runtime.messages.tool_calls import read_calls
 from runtime.sampler import OptionError
 from tests.byte_tokenizer import ByteTokenizer

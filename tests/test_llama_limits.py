@@ -11,7 +11,7 @@ import pytest
 
 from runtime import BusyError, Llama
 from runtime.errors import BackendError, CacheError
-from runtime.messages.chat_format import ChatFormatError
+from runtime.messages.chat_pieces import ChatFormatError
 from runtime.sampler import OptionError
 from tests import tiny
 from tests.byte_tokenizer import ByteTokenizer

@@ -16,7 +16,7 @@ from runtime.budget import BY_QUALITY
 from runtime.budget import plans as plan_memory
 from runtime.cli import ArgumentParser, UserError, one_line, run
 from runtime.config import ModelConfig
-from runtime.messages.chat_format import recognise
+from runtime.messages.recognise import recognise
 from runtime.options import DEFAULT_N_BATCH
 from runtime.progress import Bar
 from runtime.sizes import kv_bytes_per_token, weight_bytes

@@ -9,7 +9,7 @@ from typing import Any
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 
-from ..messages.chat_format import ChatFormatError
+from ..messages.chat_pieces import ChatFormatError
 from ..sampler import OptionError
 from ..tokenizer import TokenizerError
 from ..window import ContextOverflowError
