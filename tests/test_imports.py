@@ -20,7 +20,10 @@ MAY_IMPORT = {
 }
 NATIVE_USER = "runtime/kernels/native_lib.py"
 NUMBA_HOME = "runtime/kernels/"
-PRINTERS = {"runtime/warmup.py", "runtime/server/__main__.py", "runtime/chat/__main__.py", "runtime/cli.py"}
+PRINTERS = {
+    "runtime/warmup.py", "runtime/progress.py", "runtime/server/__main__.py", "runtime/chat/__main__.py",
+    "runtime/cli.py",
+}  # fmt: skip
 SLOW_TO_IMPORT = (
     "numba", "sentencepiece", "tiktoken", "gguf", "safetensors", "jinja2", "tokenizers", "cffi", "llguidance",
 )  # fmt: skip
