@@ -128,6 +128,8 @@ def _main(argv: list[str]) -> int:
         state.clear()
     for note in dict.fromkeys(note for summary in summaries for note in summary.notes):
         print(f"note: {note}", file=sys.stderr)
+    if args.dry_run and args.calibrate and args.bpw is not None:
+        print("note: the depths come from what the text does, once it is read: they may differ", file=sys.stderr)
     for summary in summaries:
         if args.dry_run:
             print_plan(summary)
@@ -158,7 +160,7 @@ def calibrated(
     with closing(kernels), threads as pool:
         codecs = None
         if args.bpw is not None:
-            with Bar("measure", unit="step") as bar:
+            with Bar("measure", unit="step", lines=True) as bar:
                 depths = choose_depths(source, windows, args.bpw, kernels, encode, bar)
             codecs = {name: f"trit{depth}" for name, depth in depths.items()}
         summary = convert_several(source, {args.quant[0]: out}, args.embed, dry_run=True, bpw=args.bpw, codecs=codecs)[
@@ -167,7 +169,7 @@ def calibrated(
         check_outputs(source, [summary], args.overwrite)
         codecs = {item.name: item.codec for item in summary.plan if item.is_matrix}
         print_codecs(codecs, summary.matrix_bpw)
-        with Bar("calibrate", unit="step") as bar:
+        with Bar("calibrate", unit="step", lines=True) as bar:
             folder = Path(args.state or f"{out}.state")
             with naming(folder, "the layers that are done are kept: make room and repeat the command"):
                 work = Calibration(source, windows, codecs, folder, kernels, pool, bar)
