@@ -52,7 +52,7 @@ def command(argv: Sequence[str]) -> int:
     llm = Llama(
         args.model, n_ctx=args.tokens + 16, n_threads=args.threads, backend=args.backend, activations=args.activations
     )
-    with llm, Bar("sample", unit="text") as bar, unfinished(args.out) as temporary:
+    with llm, Bar("sample", unit="text", lines=True) as bar, unfinished(args.out) as temporary:
         for text in texts(llm, args.texts, args.tokens, args.seed):
             found.append(text)
             bar(len(found), args.texts)
