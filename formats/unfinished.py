@@ -28,7 +28,7 @@ class Unfinished:
     def __init__(self, target: str | os.PathLike[str], folder: bool = False, private: bool = False) -> None:
         self.target = os.path.realpath(target)
         self._inside = os.path.dirname(self.target)
-        self._is_folder, self._lock = folder, -1
+        self._is_folder, self._lock, self._owner = folder, -1, os.getpid()
         remove_abandoned(self._inside)
         for _ in range(_TRIES):
             self.path = os.path.join(self._inside, f".tritllama-{secrets.token_hex(8)}.tmp")
@@ -57,12 +57,19 @@ class Unfinished:
                 raise OSError(exc.errno, exc.strerror, self.target) from exc
             raise FileExistsError(errno.EEXIST, "was made by another program meanwhile", self.target) from exc
         self._release()
+        self._owner = -1
         _sync_folder(self._inside)
 
     def discard(self) -> None:
         """Remove it, if it is there."""
         self._release()
-        _remove(self.path)
+        if self._owner >= 0:
+            _remove(self.path)
+        self._owner = -1
+
+    def __del__(self) -> None:
+        if getattr(self, "path", None) and self._owner == os.getpid():  # a signal came before anybody could discard it
+            self.discard()
 
     def _make(self, mode: int) -> None:
         if self._is_folder:

@@ -80,3 +80,15 @@ def test_errors_name_the_folder_or_the_file(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(FileNotFoundError) as caught, naming(tmp_path / "m"):
         open(tmp_path / "none").close()
     assert caught.value.filename == str(tmp_path / "none") and names(tmp_path) == []
+
+
+def test_one_that_nobody_could_discard_goes_with_its_owner(tmp_path: Path) -> None:
+    """A signal may come between the making and the first line that would clean up; a fork must not take it away."""
+    made = Unfinished(tmp_path / "m")
+    if (child := os.fork()) == 0:
+        del made
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert len(names(tmp_path)) == 1
+    del made
+    assert names(tmp_path) == []
