@@ -1,4 +1,4 @@
-// RoPE, and the ring's codecs: numbers put into it and read back. runtime/ring_codecs.py is the definition.
+// RoPE, and the ring's codecs: numbers put into it and read back. runtime/ring/codecs.py is the definition.
 #pragma once
 #include "jobs.h"
 

@@ -1,4 +1,4 @@
-"""RoPE, and the ring's codecs: numbers put into it and read back. `ring_codecs` is the definition."""
+"""RoPE, and the ring's codecs: numbers put into it and read back. runtime/ring/codecs.py is the definition."""
 
 from __future__ import annotations
 

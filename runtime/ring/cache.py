@@ -37,7 +37,7 @@ class KVRing:
     """Keys and values of the tokens that a model may look back at.
 
     capacity: tokens visible to one query; chunk: most tokens appended in one step; sinks: first tokens that stay.
-    codec: how numbers are stored (see ring_codecs), one for all or "k=CODEC,v=CODEC"
+    codec: how numbers are stored (see codecs.py), one for all or "k=CODEC,v=CODEC"
     modules: the model's learned projections; where one is, the ring stores its codes
     key_means: layer -> (n_kv_heads, head_dim) float32, means of its keys where they are known
     Raises CacheError if the numbers do not fit together.
