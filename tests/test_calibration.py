@@ -135,10 +135,19 @@ def test_the_corrected_matrix_takes_back_an_error_of_its_inputs() -> None:
     x = rng.standard_normal((500, 24)).astype(np.float32)
     wrong = x @ (np.eye(24) + 0.1 * rng.standard_normal((24, 24))).astype(np.float32)
     rest = (x @ w.T - wrong @ w.T).T @ wrong
-    better = corrected(w, rest, wrong.T @ wrong)
+    factors = factorize(wrong.T @ wrong)
+    better = corrected(w, rest, factors)
     before, after = (np.square(wrong @ m.T - x @ w.T).sum() for m in (w, better))
     assert after < 0.001 * before
-    assert np.allclose(corrected(w, 0 * rest, wrong.T @ wrong), w)
+    assert np.allclose(corrected(w, 0 * rest, factors), w)
+
+
+def test_the_correction_is_exact_in_blocks() -> None:
+    w, hessian = problem(5, 600)
+    rest = (np.random.default_rng(1).standard_normal(w.shape) * hessian.trace() / 600).astype(np.float32)
+    exact = np.linalg.solve(hessian.astype(np.float64), rest.T).T
+    found = corrected(0 * w, rest, factorize(hessian))
+    assert np.abs(found - exact).max() < 1e-4 * np.abs(exact).max()
 
 
 def test_regularising_keeps_the_diagonal_apart() -> None:

@@ -167,14 +167,27 @@ def quantize(
     return np.ascontiguousarray(levels[:, : w.shape[1]]), codes, units
 
 
-def corrected(w: np.ndarray, rest: np.ndarray, hessian: np.ndarray) -> np.ndarray:
+def corrected(w: np.ndarray, rest: np.ndarray, factors: Factors) -> np.ndarray:
     """Move a matrix so that from the inputs that it will get it makes the outputs that it should.
 
     The inputs are wrong already, because what comes before is quantised. This is the least squares solution, pulled
     towards the matrix itself as far as H was regularised: W + (sum of (y - W x) x^T) H^-1.
 
-    w: (out, in) float32; rest: (out, in), that sum over the inputs x and the wanted outputs y; hessian: (in, in)
+    w: (out, in) float32; rest: (out, in), that sum over the inputs x and the wanted outputs y
     returns: (out, in) float32
     """
-    h = hessian.astype(np.float64) if len(hessian) <= WIDEST_DOUBLE else hessian
-    return (w + np.linalg.solve(h, rest.T.astype(h.dtype, copy=False)).T).astype(np.float32)
+    n, u = len(factors.order), factors.feedback
+    padded = np.zeros((len(rest), n), np.float32)
+    padded[:, : rest.shape[1]] = rest
+    z = padded[:, factors.order]
+    for stop in range(n, 0, -BLOCK):  # H = U D U^T: first what U^T makes to this,
+        start = max(stop - BLOCK, 0)
+        z[:, start:stop] = np.linalg.solve(u[start:stop, start:stop], z[:, start:stop].T).T
+        z[:, :start] -= z[:, start:stop] @ u[:start, start:stop].T
+    z /= factors.weights
+    for start in range(0, n, BLOCK):  # then what U makes to that
+        stop = min(start + BLOCK, n)
+        z[:, start:stop] = np.linalg.solve(u[start:stop, start:stop].T, z[:, start:stop].T).T
+        z[:, stop:] -= z[:, start:stop] @ u[start:stop, stop:]
+    padded[:, factors.order] = z
+    return np.asarray(w + padded[:, : w.shape[1]])

@@ -113,7 +113,7 @@ class LayerRun:
         found = []
         for name in half.inputs:
             w = self._matrix(name)
-            found.append(self._round(name, corrected(w, w @ moments.wanted, moments.hessian), factors))
+            found.append(self._round(name, corrected(w, w @ moments.wanted, factors), factors))
         return found
 
     def _collect(self, half: Half, before: Stream, target: Stream, wide: Stream, matrices: list[np.ndarray]) -> Moments:
@@ -136,10 +136,9 @@ class LayerRun:
         w = self._matrix(half.output)
         rest = moments.wanted - w @ moments.hessian
         regularize(moments.hessian)
-        better = corrected(w, rest, moments.hessian)
         factors = factorize(moments.hessian)
         del moments
-        return self._round(half.output, better, factors)
+        return self._round(half.output, corrected(w, rest, factors), factors)
 
     def _round(self, name: str, w: np.ndarray, factors: Factors) -> np.ndarray:
         """Quantise a matrix; returns what it is dequantised to."""
