@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Protocol
 
@@ -32,7 +31,6 @@ class Speed:
     std: float
 
 
-@cache
 def read_bandwidth(n_threads: int) -> float:
     """Measure how fast `n_threads` threads read memory, in bytes per second: the best of some repeats."""
     share = READ_BYTES * min(n_threads, 4) // n_threads // 64 * 64

@@ -76,15 +76,18 @@ def check(args: argparse.Namespace) -> None:
 
 def measure(model: Model, peer: str | None, threads: int, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Run every combination of depth, prompt and generation lengths with one model."""
-    bandwidth = benchmark.read_bandwidth(threads)
+    bandwidth = benchmark.read_bandwidth(threads)  # it swings on a shared machine: before and after, the better one
     about = describe(model, threads, args)
     found = []
     done: dict[tuple[str, int, int], list[dict[str, Any] | None]] = {}
-    for depth, n_prompt, n_gen in itertools.product(args.n_depth, args.n_prompt, args.n_gen):
+    settings = list(itertools.product(args.n_depth, args.n_prompt, args.n_gen))
+    for depth, n_prompt, n_gen in settings:
         for what, n in (("pp", n_prompt), ("tg", n_gen)):
             if (what, n, depth) not in done:
                 repeats = args.repetitions
                 done[what, n, depth] = timed(model, peer, threads, repeats, what, n, depth) if n else [None, None]
+    bandwidth = max(bandwidth, benchmark.read_bandwidth(threads))
+    for depth, n_prompt, n_gen in settings:
         (pp, peer_pp), (tg, peer_tg) = done["pp", n_prompt, depth], done["tg", n_gen, depth]
         result = about | {"pp": pp, "tg": tg} | traffic(model, tg, n_gen, depth, bandwidth)
         if peer:
@@ -192,19 +195,20 @@ def plot(results: Sequence[dict[str, Any]], path: str) -> None:
     axes = figure.subplots()
     first = results[0]
     for result in results:
-        about = f"{result['model']}, {result['threads']} threads"
-        _point(axes, result["bits_per_weight"], result["tg"], about, "C0", "o")
+        about = f", {result['threads']} threads" if len({r["threads"] for r in results}) > 1 else ""
+        _point(axes, result["bits_per_weight"], result["tg"], result["model"] + about, "C0", "o")
         if "against" in result:
             peer = result["against"]
             _point(axes, peer["tg"]["bits_per_weight"], peer["tg"], peer["model"], "C1", "s")
     bits = [x / 10 for x in range(10, 180)]
-    limit = [first["read_gb_s"] * GIGA * 8 / (b * first["weights_per_token"]) for b in bits]
-    axes.plot(bits, limit, color="0.6", label=f"reading weights at {first['read_gb_s']:.1f} GB/s")
+    speed = max(result["read_gb_s"] for result in results)
+    limit = [speed * GIGA * 8 / (b * first["weights_per_token"]) for b in bits]
+    axes.plot(bits, limit, color="0.6", label=f"reading weights at {speed:.1f} GB/s")
     axes.plot([], [], "C0o", label="tritllama")
     if any("against" in result for result in results):
         axes.plot([], [], "C1s", label="llama.cpp")
     axes.set_ylim(0, 1.15 * max(r["tg"]["tok_s"] / max(r["tg_fraction"], 0.1) for r in results))
-    axes.set_xlim(1, 1.15 * max(r["bits_per_weight"] for r in results))
+    axes.set_xlim(1, 1.25 * max(r["bits_per_weight"] for r in results))
     axes.set(xlabel="bits per weight", ylabel="tokens per second", title=f"{first['cpu']}, {first['kernels']}")
     axes.legend()
     figure.savefig(path, dpi=110)
