@@ -32,9 +32,9 @@ static lines_of_block find_lines(words job, words side, float *area, int64_t hea
     return (lines_of_block){at(side[SD_DATA], row * side[SD_CODE_BYTES]), at(side[SD_SCALES], row * side[SD_SCALE_BYTES])};
 }
 
-// Ask for what lies a block after `count` rows.
-INLINE void look_ahead(const void *rows, int64_t stride, int64_t count) {
-    ask_for((const uint8_t *)rows + stride * CACHED, stride * count);
+// Ask for a line of each of `count` rows a block later: few at a time, or the CPU waits until all are there.
+INLINE void ask_for_rows(const uint8_t *codes, int64_t stride, int count) {
+    UNROLL for (int i = 0; i < count; i++) __builtin_prefetch(codes + (CACHED + i) * stride);
 }
 
 // LANES rows of n halves, without gaps, as columns of floats, CACHED apart.
@@ -51,7 +51,7 @@ INLINE void spread_f16(int n, const uint16_t *source, float *out) {
 // Scales (CACHED, n) as (n, CACHED) floats; q4 has scale and base for each group.
 static void spread_scales(words side, const uint16_t *scales, float *units) {
     int64_t n = side[SD_SCALE_BYTES] / 2;
-    look_ahead(scales, 2 * n, CACHED);
+    ask_for((const uint8_t *)(scales + n * CACHED), 2 * n * CACHED);
     for (int64_t k = 0; k < CACHED; k += LANES) {
         const uint16_t *source = scales + k * n;
         if (n == 1) spread_f16(1, source, units + k);

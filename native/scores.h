@@ -44,16 +44,16 @@ static void exact_scores(words side, const uint8_t *codes, const float *units, i
     int64_t seen = side[SD_SEEN], size = side[SD_GROUP], stride = side[SD_CODE_BYTES], groups = seen / size;
     for (int64_t j = 0; j < CACHED; j += LANES) {
         const uint8_t *line = codes + j * stride;
-        look_ahead(line, stride, LANES);
         for (int64_t g = 0; g < groups; g++) {
             vu tile[16], half[8];
             if (side[SD_CODEC] == RING_Q4) {
                 const float *scale = units + 2 * g * CACHED + j;
-                if (g % 2 == 0) load_lines(line + g * 16, stride, tile);
+                if (g % 2 == 0) ask_for_rows(line + g * 16, stride, LANES), load_lines(line + g * 16, stride, tile);
                 split_nibbles(tile + g % 2 * 4, half);
                 add_scores(8, half, scale, scale + CACHED, n, g == 0, quants + g * 32, seen, steps + g, groups, scores + j);
                 continue;
             }
+            ask_for_rows(line + g * size, stride, LANES);
             load_lines(line + g * size, stride, tile);
             if (size == 64) load_lines(line + g * size + 32, stride, tile + 8);
             UNROLL for (int i = 0; i < 16; i++) if (i < size / 4) tile[i] = v_factor_i8(tile[i]);

@@ -10,10 +10,10 @@ INLINE int has_bases(words side) { return side[SD_INT8] && side[SD_CODEC] == RIN
 // Codes of a block as bytes: for each group, for each four tokens, its columns of these four together.
 static void spread_codes(words side, const uint8_t *codes, uint8_t *out) {
     int64_t stride = side[SD_CODE_BYTES], size = side[SD_GROUP], is_q4 = side[SD_CODEC] == RING_Q4;
-    look_ahead(codes, stride, CACHED);
     for (int64_t start = 0; start < side[SD_PADDED]; start += size)
         for (int64_t j = 0; j < CACHED; j += 4, out += size * 4) {
             const uint8_t *rows = codes + j * stride + (is_q4 ? start / 2 : start);
+            ask_for_rows(rows, stride, 4);
             for (int64_t i = 0; i < (is_q4 ? 16 : size); i += 16) {
                 vu v[PARTS];
                 v_quads(rows + i, stride, v);

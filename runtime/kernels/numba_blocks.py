@@ -58,17 +58,18 @@ def find(job, side, area, head, block, low, high):
 
 
 @njit(forceinline=True)
-def look_ahead(rows, stride, count):
-    """Ask for what lies a block after `count` rows."""
-    for i in range(0, stride * count, 64):
-        prefetch(rows + stride * CACHED, i)
+def ask_for_rows(codes, stride, count):
+    """Ask for a line of each of `count` rows a block later: few at a time, or the CPU waits until all are there."""
+    for i in range(count):
+        prefetch(codes, (CACHED + i) * stride)
 
 
 @njit(**BARE)
 def spread_scales(side, scales, units):
     """Scales (CACHED, n) as (n, CACHED) float32; q4 has scale and base for each group."""
     n = word(side, w.SD_SCALE_BYTES) // 2
-    look_ahead(scales, 2 * n, CACHED)
+    for i in range(0, 2 * n * CACHED, 64):
+        prefetch(scales + 2 * n * CACHED, i)
     for k in range(0, CACHED, 16):
         source, out = scales + k * n * 2, units + k * 4
         if n == 1:

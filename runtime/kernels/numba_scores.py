@@ -12,7 +12,7 @@ from numba import njit
 from . import simd
 from . import words as w
 from .compiling import BARE
-from .numba_blocks import decoded, find, is_direct, look_ahead, spread_scales
+from .numba_blocks import ask_for_rows, decoded, find, is_direct, spread_scales
 from .numba_math import word
 from .numba_queries import STEP_BYTES, rounded
 from .numba_ring import Q4
@@ -88,9 +88,9 @@ def _exact_scores(job, side, codes, units, n, quants, steps, scores):
     groups, codec = seen // size, word(side, w.SD_CODEC)
     for j in range(0, CACHED, 16):
         line, unit, out = codes + j * stride, units + j * 4, scores + j * 4
-        look_ahead(line, stride, 16)
         if codec == Q4:
             for g in range(0, groups, 2):
+                ask_for_rows(line + g * 16, stride, 16)
                 v = strided_tile(line + g * 16, stride)
                 x, step = quants + g * size, steps + g * STEP_BYTES
                 _q4_32(_nibbles(v[0], v[1], v[2], v[3]), n, g, seen, groups, x, step, unit, out)
@@ -99,6 +99,7 @@ def _exact_scores(job, side, codes, units, n, quants, steps, scores):
                     _q4_32(_nibbles(v[4], v[5], v[6], v[7]), n, g + 1, seen, groups, x, step, unit, out)
             continue
         for g in range(groups):
+            ask_for_rows(line + g * size, stride, 16)
             x, step = quants + g * size, steps + g * STEP_BYTES
             if size == 64:
                 _q8_64(line + g * 64, stride, n, g, seen, groups, x, step, unit, out)

@@ -12,7 +12,7 @@ from numba import njit
 from . import simd
 from . import words as w
 from .compiling import BARE
-from .numba_blocks import decoded, find, is_direct, look_ahead, spread_scales
+from .numba_blocks import ask_for_rows, decoded, find, is_direct, spread_scales
 from .numba_math import word
 from .numba_queries import rows_of
 from .numba_ring import Q4
@@ -37,10 +37,10 @@ def _spread_codes(side, codes, out):
     """Codes of a block as bytes: for each group, for each four tokens, its columns of these four together."""
     stride, size = word(side, w.SD_CODE_BYTES), word(side, w.SD_GROUP)
     is_q4, step = word(side, w.SD_CODEC) == Q4, max(32, size)
-    look_ahead(codes, stride, CACHED)
     for start in range(0, stride, step):
         for j in range(0, CACHED, 4):
             rows, target = codes + j * stride + start, out + j * size
+            ask_for_rows(rows, stride, 4)
             if size == 64:
                 v = quads_64(rows, stride)
                 simd.store_u8(target, 0, v[0])
