@@ -13,13 +13,15 @@ import numpy as np
 from runtime.cli import UserError
 from runtime.ring.codecs import side_codecs
 
+PIECE = 512  # tokens that are read at a time to fill a context
 _CACHE_TYPES = {"f32": 0, "f16": 1, "q8": 8, "q4": 3}  # GGML's; q4_1 has a scale and a base, as our q4
 
 
 class LlamaCpp:
     """A GGUF model under llama.cpp, called below the Python class of llama-cpp-python: what is timed is its own code.
 
-    ids of `before` are in the context when the measuring begins; kv: the ring's codec, whose like the cache then has.
+    ids of `before` are in the context when the measuring begins: read in pieces that do not see each other, as reading
+    them in one would take long and give no other speed. kv: the ring's codec, whose like the cache then has.
     Raises UserError if llama-cpp-python is not there, the file cannot be loaded, or it has no such cache.
     """
 
@@ -40,14 +42,32 @@ class LlamaCpp:
         params = api.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch = n_ctx, max(512, n_ctx), 512
         params.n_threads = params.n_threads_batch = threads
+        params.n_seq_max, params.kv_unified = 2, True
         params.type_k, params.type_v = (_CACHE_TYPES[codec] for codec in side_codecs(kv))
         self._context = api.llama_init_from_model(self._model, params)
         if not self._context:
             raise UserError(f"{path}: llama.cpp cannot make a context of {n_ctx} tokens with a cache of {kv}")
         self.bits_per_weight = 8 * api.llama_model_size(self._model) / api.llama_model_n_params(self._model)
-        self._depth = len(before)
-        for start in range(0, len(before), 512):
-            self.read(before[start : start + 512])
+        self._depth = 0
+        memory = api.llama_get_memory(self._context)
+        for start in range(0, len(before), PIECE):
+            self._decode(before[start : start + PIECE], sequence=1)
+            api.llama_memory_seq_cp(memory, 1, 0, -1, -1)
+            api.llama_memory_seq_rm(memory, 1, -1, -1)
+
+    def _decode(self, ids: Sequence[int] | np.ndarray, sequence: int = 0, scores: bool = False) -> None:
+        """Append tokens to what a sequence sees. scores: compute those of all tokens"""
+        batch = self._api.llama_batch_init(len(ids), 0, 1)
+        try:
+            batch.n_tokens = len(ids)
+            for i, token in enumerate(ids):
+                batch.token[i], batch.pos[i], batch.n_seq_id[i] = int(token), self._depth + i, 1
+                batch.seq_id[i][0], batch.logits[i] = sequence, scores
+            if self._api.llama_decode(self._context, batch):
+                raise RuntimeError("llama.cpp could not evaluate the tokens")
+        finally:
+            self._api.llama_batch_free(batch)
+        self._depth += len(ids)
 
     def read(self, ids: Sequence[int]) -> None:
         tokens = (self._api.llama_token * len(ids))(*ids)
@@ -85,17 +105,7 @@ class LlamaCppModel(LlamaCpp):
     def forward(self, ids: np.ndarray, cache: LlamaCppModel, logits: str | None = None) -> np.ndarray | None:
         """Append tokens. ids: (n,) integer; returns: (n, vocab_size) float32 for "all", else None"""
         n = len(ids)
-        batch = self._api.llama_batch_init(n, 0, 1)
-        try:
-            batch.n_tokens = n
-            for i, token in enumerate(ids):
-                batch.token[i], batch.pos[i], batch.n_seq_id[i] = int(token), self._depth + i, 1
-                batch.seq_id[i][0], batch.logits[i] = 0, logits == "all"
-            if self._api.llama_decode(self._context, batch):
-                raise RuntimeError("llama.cpp could not evaluate the tokens")
-        finally:
-            self._api.llama_batch_free(batch)
-        self._depth += n
+        self._decode(ids, scores=logits == "all")
         if logits != "all":
             return None
         return np.ctypeslib.as_array(self._api.llama_get_logits(self._context), (n, self.config.vocab_size)).copy()
