@@ -111,7 +111,8 @@ def test_prompts_that_begin_alike_are_read_once(model: Model, tokenizer: Tokeniz
     for hay in hays:
         passed += len(hay.prompt) + len(hay.answer) - 1 - needle.shared(read, hay.prompt)
         alone = needle.ask(model, model.new_cache(400, kv="q8"), [], hay)
-        assert needle.ask(model, ring, read, hay) == alone
+        found, score = needle.ask(model, ring, read, hay)
+        assert found == alone[0] and score == pytest.approx(alone[1], abs=1e-3)  # NumPy sums in an order of its own
         assert read == hay.prompt + hay.answer[:-1] and ring.length == len(read)
     assert passed < 0.8 * sum(len(hay.prompt) for hay in hays)
 
