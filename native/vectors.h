@@ -180,9 +180,3 @@ INLINE float largest_magnitude(vf x) {
     memcpy(&magnitude, &largest, sizeof magnitude);
     return magnitude;
 }
-
-INLINE float max16(f32x16 x) {
-    vf top = x.v[0];
-    for (int i = 1; i < PARTS; i++) top = v_max(top, x.v[i]);
-    return largest_lane(top);
-}

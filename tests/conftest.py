@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,11 @@ from tests.byte_tokenizer import ByteTokenizer
 # The same examples on every run, and no time limit per example on a busy machine.
 settings.register_profile("house", derandomize=True, deadline=None, max_examples=60)
 settings.load_profile("house")
+
+# Started in the background or by nohup, the tests would hand ignored signals on to the programs that they stop.
+for _name, _action in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
+    if hasattr(signal, _name) and signal.getsignal(getattr(signal, _name)) is signal.SIG_IGN:
+        signal.signal(getattr(signal, _name), _action)
 
 
 @pytest.fixture(scope="session")

@@ -104,17 +104,18 @@ def test_retrieved_is_what_the_model_would_say(tokenizer: Tokenizer, memory: int
         assert told[0][1] < -20
 
 
-def test_prompts_that_begin_alike_are_read_once(model: Model, tokenizer: Tokenizer) -> None:
+def test_prompts_that_begin_alike_are_read_once(path: Path, tokenizer: Tokenizer) -> None:
+    model = Model.load(path, "numba", activations="f32")  # whose results do not depend on what is read in one go
     hays = needle.hide(tokenizer, needle.made_up(), 400, [0.2, 0.8], 2)
     ring, passed = model.new_cache(400, kv="q8"), 0
     read: list[int] = []
     for hay in hays:
         passed += len(hay.prompt) + len(hay.answer) - 1 - needle.shared(read, hay.prompt)
         alone = needle.ask(model, model.new_cache(400, kv="q8"), [], hay)
-        found, score = needle.ask(model, ring, read, hay)
-        assert found == alone[0] and score == pytest.approx(alone[1], abs=1e-3)  # NumPy sums in an order of its own
+        assert needle.ask(model, ring, read, hay) == alone
         assert read == hay.prompt + hay.answer[:-1] and ring.length == len(read)
     assert passed < 0.8 * sum(len(hay.prompt) for hay in hays)
+    model.close()
 
 
 def test_command(path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ from .numba_blocks import ask_for_rows, decoded, find, is_direct, spread_scales
 from .numba_math import word
 from .numba_queries import rows_of
 from .numba_ring import Q4
-from .numba_tiles import weigh, weigh_f16
+from .numba_tiles import add_scaled, weigh, weigh_f16
 from .numba_weights import sees_all, sight_of, state_of
 from .simd import dot4, fma, load_f32, load_u8, read_f32, splat_f32, splat_i32, splat_quad, store_f32, to_f32, write_f32
 from .simd_tiles import keep_lanes, quads_32, quads_64
@@ -108,9 +108,8 @@ def _multiply(codes, stride, planes, keep, factors, out, out_stride):
 
 @njit(forceinline=True)
 def _add_pair(out, keep, factor, s):
-    x, y = splat_f32(read_f32(keep, 0)), splat_f32(read_f32(factor, 0))
-    store_f32(out, 0, fma(to_f32((s[0] << 7) + s[2]), y, load_f32(out, 0) * x))
-    store_f32(out, 64, fma(to_f32((s[1] << 7) + s[3]), y, load_f32(out, 64) * x))
+    add_scaled(out, keep, factor, to_f32((s[0] << 7) + s[2]))
+    add_scaled(out + 64, keep, factor, to_f32((s[1] << 7) + s[3]))
 
 
 @njit(forceinline=True)

@@ -43,8 +43,8 @@ def get_kernels(backend: str = "auto", n_threads: int | None = None, int8: bool 
 
 @cache
 def _tell(why: str) -> None:
-    """Say once why a faster backend is passed over."""
-    logger.info("slower kernels are used: %s", why)
+    """Say once why a backend is passed over."""
+    logger.info("another backend is used: %s", why)
 
 
 def check_threads(name: str, n_threads: int | None) -> None:
