@@ -64,8 +64,7 @@ static void round_rows(words side, const float *rows, int8_t *quants, query_step
             v_store_i8(quants + i, q);
             total += q;
         }
-        int32_t sum = 0;
-        for (int i = 0; i < LANES; i++) sum += total[i];
+        int32_t sum = v_sum_lanes(total);
         *steps = (query_step){sum * offset, largest / 127.0f, largest / 127.0f * (float)sum, 0};
     }
 }
