@@ -101,14 +101,15 @@ class Ours:
 def fill(cache: KVRing, depth: int) -> None:
     """Put `depth` tokens of noise into an empty ring that has room for them."""
     rng, freqs = np.random.default_rng(0), frequencies(cache.config)
-    some = np.arange(min(FILL, depth))
+    some = np.arange(min(FILL, cache.slots))  # whole tiles
     for plane in cache.planes:
         noise = rng.standard_normal((len(some), plane.heads * plane.width)).astype(np.float32)
-        plane.write(cache.slot(some), noise)
+        plane.write(some, noise)
         for array in plane.arrays:
-            for start in range(len(some), depth, len(some)):
-                stop = min(start + len(some), depth)
-                array[:, start:stop] = array[:, : stop - start]
+            count = len(some) // array.shape[2]
+            for start in range(count, -(-depth // array.shape[2]), count):
+                room = array[:, start : start + count]
+                room[...] = array[:, : room.shape[1]]
     for start in range(0, depth, FILL):
         positions = np.arange(start, min(start + FILL, depth))
         cache.note_turns(*angles(freqs, positions))

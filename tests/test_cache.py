@@ -60,8 +60,8 @@ class Listed:
         ring.advance(n)
 
     def slot(self, position: int) -> int:
-        sinks, slots = self.ring.sinks, self.ring.slots
-        return position if position < sinks else sinks + (position - sinks) % (slots - sinks)
+        base, slots = -(-self.ring.sinks // 64) * 64, self.ring.slots
+        return position if position < base else base + (position - base) % (slots - base)
 
     def seen(self) -> list[int]:
         """What the next token sees besides itself."""
@@ -88,7 +88,7 @@ class Listed:
         slots = self.ring.slot(np.array(seen))
         for i, plane in enumerate(self.planes()):
             given = np.concatenate([self.tokens[p][i] for p in seen])
-            alone = Plane(plane.codec, plane.heads, plane.width, len(seen), learned=plane.rotated == 1)
+            alone = Plane(plane.side, plane.codec, plane.heads, plane.width, len(seen), learned=plane.rotated == 1)
             alone.write(np.arange(len(seen)), given)
             found = plane.read(slots)
             assert np.array_equal(found, alone.read(np.arange(len(seen))))
@@ -145,7 +145,7 @@ def test_a_ring_is_a_list(kind: str, steps: list[tuple[str, int]], capacity: int
 
 def a_full_one(kind: str = "q8", **how: Any) -> KVRing:
     made = Listed(**{"capacity": 8, "sinks": 2, "chunk": 4, "kind": kind, **how})
-    for i in range(5):
+    for i in range(50):
         made.append(4, i)
     return made.ring
 
@@ -184,9 +184,10 @@ def forged(ring: KVRing, head: bytes | dict[str, Any], planes: bytes | None = No
 
 FORGED: list[bytes | dict[str, Any]] = [
     b"", b"{", b"[]", b"null", b"1" * 5000, b"[" * 100_000, b"\xff\xfe", b'{"length": 1}',
-    {"length": -1}, {"length": 20.0}, {"length": None}, {"length": True}, {"length": 10**30}, {"length": "20"},
-    {"length": 1e400}, {"length": [20]}, {"length": 2**40 - 1}, {"length": 3}, {"sinks": 8}, {"sinks": -1},
-    {"sinks": 1.0}, {"oldest": 99}, {"oldest": 0}, {"oldest": 20}, {"more": 1}, {"modules": {}}, {"codec": 7},
+    {"length": -1}, {"length": 200.0}, {"length": None}, {"length": True}, {"length": 10**30}, {"length": "200"},
+    {"length": 1e400}, {"length": [200]}, {"length": 2**40 - 1}, {"length": 3}, {"sinks": 8}, {"sinks": -1},
+    {"sinks": 1.0}, {"oldest": 999}, {"oldest": 0}, {"oldest": 135}, {"oldest": 200}, {"more": 1},
+    {"modules": {}}, {"codec": 7},
 ]  # fmt: skip
 
 
@@ -223,15 +224,15 @@ def test_any_json_in_place_of_a_number_is_refused_or_harmless(junk: Any, key: in
 def test_an_interrupted_chunk_cannot_be_undone_past_what_it_overwrote() -> None:
     """Its first layer was written, then came Ctrl-C: the length is as before, but old tokens are gone."""
     ring = a_full_one()
-    assert ring.length == 20 and ring.oldest == 11
-    ring.note_turns(*angles(frequencies(CONFIG), np.arange(20, 24)))
+    assert ring.length == 200 and ring.oldest == 136
+    ring.note_turns(*angles(frequencies(CONFIG), np.arange(200, 204)))
     KERNELS.append(np.ones((4, 12), np.float32), np.ones((4, 12), np.float32), ring, 0)
     with pytest.raises(CacheError, match="slid out"):
-        ring.trim(17)
-    ring.trim(20)
+        ring.trim(144)
+    ring.trim(200)
     copy = a_full_one()
     copy.load(ring.save())
-    assert copy.oldest == ring.oldest == 15
+    assert copy.oldest == ring.oldest == 140
 
 
 def test_sinks_can_change_until_something_has_slid_out() -> None:
@@ -251,7 +252,7 @@ def test_bad_arguments_are_refused() -> None:
         with pytest.raises(CacheError):
             KVRing(CONFIG, **{"capacity": 8, "sinks": 2, "chunk": 4, **wrong})
     ring = a_full_one()
-    for n in (-1, 21):
+    for n in (-1, 201):
         with pytest.raises(CacheError, match="cannot keep"):
             ring.trim(n)
 
@@ -265,9 +266,9 @@ def test_bytes_for_each_token() -> None:
     sizes = {"f32": 8192, "f16": 4096, "q8": 2112, "k=q8,v=q4": 1696, "q4": 1280}
     for codec, size in sizes.items():
         ring = KVRing(config, 10, chunk=1, codec=codec)
-        assert ring.nbytes == 10 * size
+        assert ring.nbytes == ring.slots * size
     learned = KVRing(config, 10, chunk=1, codec="q8", modules=[KVModule(0, "v", 256)])
-    assert learned.nbytes == 10 * (1056 + 264)
+    assert learned.nbytes == learned.slots * (1056 + 264)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -53,7 +53,7 @@ def _describe(plane: Plane, decoder: Decoder | None, ring: KVRing, is_keys: bool
     """Describe a side. Features are what a decoder's last matrix is multiplied with; SD_SEEN wide is what scores are
     made with or values summed of: vectors as they are stored, features (shared by all heads), or rotated keys."""
     head_dim = -(-ring.config.head_dim // 16) * 16
-    side = _Side(np.zeros(w.AT_WORDS - w.AT_VALUES, np.int64), list(plane.arrays))
+    side = _Side(np.zeros(w.AT_WORDS - w.AT_VALUES, np.int64), [plane.codes, plane.scales])
 
     def pin(array: np.ndarray) -> int:
         side.keep.append(array)
@@ -62,8 +62,8 @@ def _describe(plane: Plane, decoder: Decoder | None, ring: KVRing, is_keys: bool
     words = side.words
     words[w.SD_CODEC], words[w.SD_HEADS], words[w.SD_WIDTH] = CODECS.index(plane.codec), plane.heads, plane.width
     words[w.SD_PADDED], words[w.SD_GROUP] = plane.padded, plane.group
-    words[w.SD_CODE_BYTES] = plane.codes.strides[1]
-    words[w.SD_SCALE_BYTES] = plane.scales.strides[1] if plane.scales.size else 0
+    words[w.SD_CODE_BYTES], words[w.SD_SCALE_BYTES] = plane.code_bytes, plane.scale_bytes
+    words[w.SD_VALUES] = not is_keys
     words[w.SD_DATA], words[w.SD_SCALES] = address(plane.codes), address(plane.scales)
     words[w.SD_SEEN] = words[w.SD_FEATURES] = plane.padded
     words[w.SD_ROTATED] = plane.rotated
@@ -116,7 +116,6 @@ class _LayerJob:
         query, result = all_rows * self.keys[w.SD_SEEN], all_rows * (self.values[w.SD_SEEN] + 2)
         head_dim = -(-int(self.words[w.AT_HEAD_DIM]) // 16) * 16
         features = max(self.keys[w.SD_FEATURES], self.values[w.SD_FEATURES])
-        lines = max(side[w.SD_CODE_BYTES] + side[w.SD_SCALE_BYTES] for side in (self.keys, self.values))
         groups = self.keys[w.SD_SEEN] // self.keys[w.SD_GROUP]
         sizes = {  # in numbers of four bytes
             w.AT_QUERY: query,
@@ -131,9 +130,7 @@ class _LayerJob:
             w.AT_CODES: w.CACHED * max(self.keys[w.SD_PADDED], self.values[w.SD_PADDED]),
             w.AT_FEATURES: max(w.CACHED * features, rows * head_dim),
             w.AT_BLOCK: (w.CACHED + 4) * seen,
-            w.AT_LINES: (w.CACHED + 1) * lines // 4 + 16,
             w.AT_UNITS: w.CACHED * max(self.keys[w.SD_SCALE_BYTES], self.values[w.SD_SCALE_BYTES]),
-            w.AT_QUADS: w.CACHED * self.values[w.SD_PADDED] // 4,
             w.AT_PLANES: all_rows * w.CACHED // 2,
             w.AT_OWN: 2 * w.CACHED,
             w.AT_BASES: all_rows * self.values[w.SD_PADDED] // 2,
@@ -164,12 +161,12 @@ class AttentionJobs:
     def rope(self, q: np.ndarray, q_sink: np.ndarray, k: np.ndarray, turns: Turns, ring: KVRing) -> None:
         job = self._job(ring, 0, None, len(q))
         self._set_turns(job, q, q_sink, k, turns)
-        self._run("rope", job, len(q), q, q_sink, k, turns)
+        self._run_tiles("rope", job, len(q), q, q_sink, k, turns)
 
     def append(self, k: np.ndarray, v: np.ndarray, ring: KVRing, layer: int) -> None:
         job = self._job(ring, layer, None, len(k))
         job.words[w.AT_K], job.words[w.AT_V] = address(k), address(v)
-        self._run("append", job, len(k), k, v)
+        self._run_tiles("append", job, len(k), k, v)
 
     def rope_append(
         self, q: np.ndarray, q_sink: np.ndarray, k: np.ndarray, v: np.ndarray, turns: Turns, ring: KVRing, layer: int
@@ -177,7 +174,7 @@ class AttentionJobs:
         job = self._job(ring, layer, None, len(q))
         self._set_turns(job, q, q_sink, k, turns)
         job.words[w.AT_V] = address(v)
-        self._run("rope_append", job, len(q), q, q_sink, k, v, turns)
+        self._run_tiles("rope_append", job, len(q), q, q_sink, k, v, turns)
 
     def attention(
         self, q: np.ndarray, q_sink: np.ndarray, ring: KVRing, layer: int, out: np.ndarray, decoders: Decoders
@@ -219,6 +216,10 @@ class AttentionJobs:
         self._run("attend_pack", job, sets, *buffers)
         self._run("attend_spans", job, runs * sets)
         self._run("attend_join", job, kv_heads, *buffers)
+
+    def _run_tiles(self, kernel: str, job: _LayerJob, n: int, *buffers: Any) -> None:
+        """Run a kernel on the tiles of the ring in which n new tokens lie."""
+        self._run(kernel, job, (int(job.clock[w.LENGTH]) % w.TILE + n + w.TILE - 1) // w.TILE, *buffers)
 
     def _run(self, kernel: str, job: _LayerJob, units: int, *buffers: Any) -> None:
         self._pool.run(self._kernel[kernel], job.words, units, job, self._areas, self._parts, buffers)

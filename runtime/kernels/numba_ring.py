@@ -12,8 +12,8 @@ from . import words as w
 from .compiling import BARE
 from .numba_math import word
 from .simd import fma, load_f32, read_f32, splat_f32, store_f32
-from .simd_tiles import butterfly1, butterfly2, butterfly4, butterfly8, prefetch, quotient
-from .words import CACHED
+from .simd_tiles import butterfly1, butterfly2, butterfly4, butterfly8, byte_of_lanes, quotient
+from .words import CACHED, TILE
 
 F32, F16, Q8, Q4 = range(4)
 LARGEST = np.float32(65504.0)  # of float16
@@ -51,11 +51,15 @@ def rotate(source, target, cos, sin, head_dim):
         simd.write_f32(target, far + i, y * c1 + x * s1)
 
 
-def rope(job, token):
-    """Rotate one token's queries and keys in place.
+@njit(forceinline=True)
+def _tokens_of(job, unit):
+    """The new tokens of one tile of the ring: what two threads write does not share cache lines."""
+    before = clock(job, w.LENGTH) % TILE
+    return max(unit * TILE - before, 0), min((unit + 1) * TILE - before, word(job, w.AT_N))
 
-    Once tokens have slid out, the queries are also rotated for a position that is nearer by as many tokens: with
-    these the sinks are read, so that they stay as close as they would be in a context without the lost tokens."""
+
+@njit(**BARE)
+def _rope_token(job, token):
     heads, kv_heads, head_dim = word(job, w.AT_HEADS), word(job, w.AT_KV_HEADS), word(job, w.AT_HEAD_DIM)
     row, turn = head_dim * 4, head_dim * 2 * token
     cos, sin = word(job, w.AT_COS) + turn, word(job, w.AT_SIN) + turn
@@ -69,6 +73,16 @@ def rope(job, token):
     for head in range(token * kv_heads, (token + 1) * kv_heads):
         k = word(job, w.AT_K) + head * row
         rotate(k, k, cos, sin, head_dim)
+
+
+def rope(job, unit):
+    """Rotate the queries and keys of one tile's new tokens in place.
+
+    Once tokens have slid out, the queries are also rotated for a position that is nearer by as many tokens: with
+    these the sinks are read, so that they stay as close as they would be in a context without the lost tokens."""
+    first, stop = _tokens_of(job, unit)
+    for token in range(first, stop):
+        _rope_token(job, token)
 
 
 # ==== Encoding ====
@@ -119,9 +133,9 @@ def turn(side, head, x, width):
 
 @njit(forceinline=True)
 def slot_of(job, position):
-    """The ring slot of a position: sinks keep theirs, the others go round."""
-    sinks = clock(job, w.SINKS)
-    return position if position < sinks else sinks + (position - sinks) % (word(job, w.AT_SLOTS) - sinks)
+    """The ring slot of a position: blocks with sinks stay as they are, the others go round."""
+    base = (clock(job, w.SINKS) + CACHED - 1) // CACHED * CACHED
+    return position if position < base else base + (position - base) % (word(job, w.AT_SLOTS) - base)
 
 
 @njit(forceinline=True)
@@ -171,15 +185,63 @@ def _code_q4(x, base, scale):
     return simd.round_to_i32(code)
 
 
+@njit(forceinline=True)
+def _encode(codec, x, count, size, codes, scales):
+    """Encode whole groups: `count` numbers."""
+    for g in range(count // size):  # a step that is no constant would bring in Numba's run time
+        at, group = g * size, x + g * size * 4
+        if codec == F32:
+            store_f32(codes, at * 4, load_f32(group, 0))
+        elif codec == F16:
+            simd.store_f32_as_f16(codes, at * 2, _limited(load_f32(group, 0), LARGEST))
+        elif codec == Q8:
+            _group_q8(group, size, codes + at, scales + g * 2)
+        else:
+            _group_q4(group, codes + at // 2, scales + g * 4)
+
+
+@njit(forceinline=True)
+def codes_at(side, slots, head, slot):
+    """Where the codes of a slot's tile begin: rows one after the other, or, with scales, a tile of sixteen keys or of
+    four values (see codecs.py)."""
+    first = slot
+    if word(side, w.SD_SCALE_BYTES):
+        first = slot // 4 * 4 if word(side, w.SD_VALUES) else slot // 16 * 16
+    return word(side, w.SD_DATA) + (head * slots + first) * word(side, w.SD_CODE_BYTES)
+
+
+@njit(forceinline=True)
+def scales_at(side, slots, head, slot):
+    """Where the scales of a slot's sixteen tokens begin."""
+    return word(side, w.SD_SCALES) + (head * slots + slot // 16 * 16) * word(side, w.SD_SCALE_BYTES)
+
+
+@njit(forceinline=True)
+def _put(side, slots, head, slot, at, codes, n_codes, scales, n_scales):
+    """Store bytes at .. at + n_codes - 1 of a slot's codes, and the scales that belong to them."""
+    target = codes_at(side, slots, head, slot)
+    if n_scales == 0:
+        for i in range(0, n_codes, 4):
+            simd.write_i32(target, at + i, simd.read_i32(codes, i))
+    elif word(side, w.SD_VALUES):
+        for i in range(n_codes):
+            simd.write_u8(target, (at + i) * 4 + slot % 4, simd.read_u8(codes, i))
+    else:
+        for i in range(0, n_codes, 4):
+            simd.write_i32(target, (at + i) * 16 + slot % 16 * 4, simd.read_i32(codes, i))
+    target = scales_at(side, slots, head, slot) + at * n_scales // n_codes * 16 + slot % 16 * 2
+    for i in range(0, n_scales, 2):
+        simd.write_u8(target, i * 16, simd.read_u8(scales, i))
+        simd.write_u8(target, i * 16 + 1, simd.read_u8(scales, i + 1))
+
+
 @njit(**BARE)
-def _encode(side, slots, head, slot, source, scratch):
-    """Store one vector, its last group filled with zeros."""
+def _store(side, slots, head, slot, source, scratch):
+    """Encode one vector, its last group filled with zeros, and store it."""
     codec, width = word(side, w.SD_CODEC), word(side, w.SD_WIDTH)
     padded, size = word(side, w.SD_PADDED), word(side, w.SD_GROUP)
-    codes = word(side, w.SD_DATA) + (head * slots + slot) * word(side, w.SD_CODE_BYTES)
-    scales = word(side, w.SD_SCALES) + (head * slots + slot) * word(side, w.SD_SCALE_BYTES)
+    codes, scales, vector = scratch + CHUNK * 4, scratch + CHUNK * 8, scratch + CHUNK * 12
     if word(side, w.SD_ROTATED) > 1:
-        vector = scratch + CHUNK * 4
         for i in range(0, width * 4, 4):
             simd.write_f32(vector, i, read_f32(source, i))
         turn(side, head, vector, width)
@@ -189,71 +251,67 @@ def _encode(side, slots, head, slot, source, scratch):
         for i in range(count):
             x = read_f32(source, (start + i) * 4) if start + i < width else np.float32(0.0)
             simd.write_f32(scratch, i * 4, x)
-        for g in range(count // size):  # a step that is no constant would bring in Numba's run time
-            x, at = scratch + g * size * 4, start + g * size
-            if codec == F32:
-                store_f32(codes, at * 4, load_f32(x, 0))
-            elif codec == F16:
-                simd.store_f32_as_f16(codes, at * 2, _limited(load_f32(x, 0), LARGEST))
-            elif codec == Q8:
-                _group_q8(x, size, codes + at, scales + at // size * 2)
-            else:
-                _group_q4(x, codes + at // 2, scales + at // size * 4)
+        _encode(codec, scratch, count, size, codes, scales)
+        n_codes = word(side, w.SD_CODE_BYTES) * count // padded
+        n_scales = word(side, w.SD_SCALE_BYTES) * count // padded
+        _put(side, slots, head, slot, start * n_codes // count, codes, n_codes, scales, n_scales)
 
 
-def append(job, token):
-    """Put one token's keys and values, or their codes, into the ring."""
-    slots = word(job, w.AT_SLOTS)
-    slot = slot_of(job, clock(job, w.LENGTH) + token)
-    scratch = simd.scratch_32k()
-    for which in range(2):
-        side = job + (w.AT_VALUES if which else w.AT_KEYS) * 8
-        source, heads, row = word(job, w.AT_V if which else w.AT_K), word(side, w.SD_HEADS), word(side, w.SD_WIDTH) * 4
-        for head in range(heads):
-            _encode(side, slots, head, slot, source + (token * heads + head) * row, scratch)
+def append(job, unit):
+    """Put one tile's new tokens, keys and values or their codes, into the ring."""
+    slots, scratch = word(job, w.AT_SLOTS), simd.scratch_32k()
+    first, stop = _tokens_of(job, unit)
+    for token in range(first, stop):
+        slot = slot_of(job, clock(job, w.LENGTH) + token)
+        for which in range(2):
+            side = job + (w.AT_VALUES if which else w.AT_KEYS) * 8
+            heads, row = word(side, w.SD_HEADS), word(side, w.SD_WIDTH) * 4
+            source = word(job, w.AT_V if which else w.AT_K) + token * heads * row
+            for head in range(heads):
+                _store(side, slots, head, slot, source + head * row, scratch)
 
 
 _rope, _append = njit(**BARE)(rope), njit(**BARE)(append)
 
 
-def rope_append(job, token):
-    """Rotate one token's queries and keys, then put keys and values into the ring."""
-    _rope(job, token)
-    _append(job, token)
+def rope_append(job, unit):
+    """Do both for one tile's new tokens."""
+    _rope(job, unit)
+    _append(job, unit)
 
 
 # ==== Decoding ====
 
 
+@njit(forceinline=True)
+def _sixteen(side, codes, i, slot, scratch):
+    """Bytes i .. i + 15 of a slot's codes, unsigned."""
+    if word(side, w.SD_VALUES):
+        return byte_of_lanes(codes, i * 4, slot % 4)
+    for k in range(0, 16, 4):
+        simd.write_i32(scratch, k, simd.read_i32(codes, (i + k) * 16 + slot % TILE * 4))
+    return simd.load_u8_as_i32(scratch, 0)
+
+
 @njit(**BARE)
 def expand(job, side, head, position, count, target):
-    """Read the vectors of `count` tokens from a position on: rows of SD_PADDED float32."""
+    """Read the vectors of `count` tokens of one block from a position on: rows of SD_PADDED float32."""
     codec, padded, size = word(side, w.SD_CODEC), word(side, w.SD_PADDED), word(side, w.SD_GROUP)
-    slots, sinks = word(job, w.AT_SLOTS), clock(job, w.SINKS)
-    code_bytes, scale_bytes = word(side, w.SD_CODE_BYTES), word(side, w.SD_SCALE_BYTES)
-    data = word(side, w.SD_DATA) + head * slots * code_bytes
-    scale_data = word(side, w.SD_SCALES) + head * slots * scale_bytes
-    slot = slot_of(job, position)
-    for k in range(count):
-        codes, scales, row = data + slot * code_bytes, scale_data + slot * scale_bytes, target + k * padded * 4
-        for i in range(0, code_bytes, 64):
-            prefetch(codes, CACHED * code_bytes + i)
-        if codec == F16:
-            for i in range(0, padded, 16):
-                store_f32(row, i * 4, simd.load_f16_as_f32(codes, i * 2))
-        elif codec == Q8:
-            for g in range(padded // size):
-                scale = simd.read_f16(scales, g * 2)
-                for i in range(g * size, (g + 1) * size, 16):
-                    store_f32(row, i * 4, simd.load_i8_as_f32(codes, i) * splat_f32(scale))
-        elif codec == Q4:
-            for start in range(0, padded, 32):
-                scale = splat_f32(simd.read_f16(scales, start // 8))
-                base = splat_f32(simd.read_f16(scales, start // 8 + 2))
-                q = simd.load_u8_as_i32(codes, start // 2)
-                store_f32(row, start * 4, fma(simd.to_f32(q & 15), scale, base))
-                store_f32(row, start * 4 + 64, fma(simd.to_f32(q >> 4), scale, base))
-        else:
-            for i in range(0, padded, 16):
-                store_f32(row, i * 4, load_f32(codes, i * 4))
-        slot = slot + 1 if slot + 1 < slots else sinks
+    slots, first, scratch = word(job, w.AT_SLOTS), slot_of(job, position), simd.scratch_64()
+    for slot in range(first, first + count):
+        codes, row = codes_at(side, slots, head, slot), target + (slot - first) * padded * 4
+        scales = scales_at(side, slots, head, slot) + slot % TILE * 2
+        for at in range(0, padded, 32 if codec == Q4 else 16):
+            if codec == F16:
+                store_f32(row, at * 4, simd.load_f16_as_f32(codes, at * 2))
+            elif codec == Q8:
+                q = _sixteen(side, codes, at, slot, scratch)
+                scale = simd.read_f16(scales, at // size * 32)
+                store_f32(row, at * 4, simd.to_f32(q - ((q & 128) << 1)) * splat_f32(scale))
+            elif codec == Q4:
+                scale, base = simd.read_f16(scales, at * 2), simd.read_f16(scales, at * 2 + 32)
+                q = _sixteen(side, codes, at // 2, slot, scratch)
+                store_f32(row, at * 4, fma(simd.to_f32(q & 15), splat_f32(scale), splat_f32(base)))
+                store_f32(row, at * 4 + 64, fma(simd.to_f32(q >> 4), splat_f32(scale), splat_f32(base)))
+            else:
+                store_f32(row, at * 4, load_f32(codes, at * 4))

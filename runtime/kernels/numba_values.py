@@ -12,51 +12,18 @@ from numba import njit
 from . import simd
 from . import words as w
 from .compiling import BARE
-from .numba_blocks import ask_for_rows, decoded, find, is_direct, spread_scales
+from .numba_blocks import ask_for, decoded, find, is_direct, spread_scales
 from .numba_math import word
 from .numba_queries import rows_of
 from .numba_ring import Q4
 from .numba_tiles import add_scaled, weigh, weigh_f16
 from .numba_weights import sees_all, sight_of, state_of
 from .simd import dot4, fma, load_f32, load_u8, read_f32, splat_f32, splat_i32, splat_quad, store_f32, to_f32, write_f32
-from .simd_tiles import keep_lanes, quads_32, quads_64
+from .simd_tiles import keep_lanes
 from .words import CACHED
 
 TOP = np.float32(16383.0)  # the largest weight: two bytes of 7 bits
 PLANES = 2 * CACHED  # bytes of a row's weights: high ones, then low ones
-
-
-@njit(forceinline=True)
-def _store_nibbles(v, out):
-    simd.store_u8(out, 0, v & 15)
-    simd.store_u8(out, 64, (v >> 4) & 15)
-
-
-@njit(**BARE)
-def _spread_codes(side, codes, out):
-    """Codes of a block as bytes: for each group, for each four tokens, its columns of these four together."""
-    stride, size = word(side, w.SD_CODE_BYTES), word(side, w.SD_GROUP)
-    is_q4, step = word(side, w.SD_CODEC) == Q4, max(32, size)
-    for start in range(0, stride, step):
-        for j in range(0, CACHED, 4):
-            rows, target = codes + j * stride + start, out + j * size
-            ask_for_rows(rows, stride, 4)
-            if size == 64:
-                v = quads_64(rows, stride)
-                simd.store_u8(target, 0, v[0])
-                simd.store_u8(target, 64, v[1])
-                simd.store_u8(target, 128, v[2])
-                simd.store_u8(target, 192, v[3])
-            elif is_q4:
-                a, b = quads_32(rows, stride)
-                _store_nibbles(a, target)
-                if start + 32 <= stride:
-                    _store_nibbles(b, target + CACHED * size)
-            else:
-                a, b = quads_32(rows, stride)
-                simd.store_u8(target, 0, a)
-                simd.store_u8(target, 64, b)
-        out += CACHED * size * (2 if is_q4 else 1)
 
 
 @njit(forceinline=True)
@@ -69,7 +36,8 @@ def _invert(scales, start, stop, out):
     largest = simd.largest_magnitude(top)
     inverse = TOP / largest if largest > np.float32(0.0) else np.float32(0.0)
     for i in range(0, CACHED, 16):
-        store_f32(out, i * 4, load_f32(scales, i * 4) * inverse)
+        seen = keep_lanes(load_f32(scales, i * 4), start - i, stop - i, np.float32(0.0))
+        store_f32(out, i * 4, seen * inverse)
     return largest / TOP
 
 
@@ -92,12 +60,19 @@ def _four_dots(sums, weights, a, b):
 
 
 @njit(forceinline=True)
-def _multiply(codes, stride, planes, keep, factors, out, out_stride):
-    """Add 32 columns' sums to four rows of the result."""
+def _columns(codes, is_q4):
+    """32 columns of four tokens."""
+    a = load_u8(codes, 0)
+    return (a & 15, (a >> 4) & 15) if is_q4 else (a, load_u8(codes, 64))
+
+
+@njit(forceinline=True)
+def _multiply(codes, is_q4, stride, planes, keep, factors, out, out_stride):
+    """Add 32 columns' sums to four rows of the result. stride: from four tokens to the next"""
     zero = splat_i32(np.int32(0))
     s0 = s1 = s2 = s3 = (zero, zero, zero, zero)
     for j in range(0, CACHED, 4):
-        a, b = load_u8(codes, j // 4 * stride), load_u8(codes, j // 4 * stride + 64)
+        a, b = _columns(codes + j // 4 * stride, is_q4)
         s0, s1 = _four_dots(s0, planes + j, a, b), _four_dots(s1, planes + PLANES + j, a, b)
         s2, s3 = _four_dots(s2, planes + 2 * PLANES + j, a, b), _four_dots(s3, planes + 3 * PLANES + j, a, b)
     _add_pair(out, keep, factors, s0)
@@ -123,11 +98,11 @@ def _add_bases(weights, base, keep, share, sums):
 
 
 @njit(**BARE)
-def _exact_sums(job, area, result, units, at, n, all_rows, sight):
-    """Add a block's values, in scratch as _spread_codes leaves them, to rows at .. at + n - 1."""
+def _exact_sums(job, area, result, codes, units, at, n, all_rows, sight):
+    """Add a block's values to rows at .. at + n - 1."""
     side = job + w.AT_VALUES * 8
     width, size, is_q4 = word(side, w.SD_SEEN), word(side, w.SD_GROUP), word(side, w.SD_CODEC) == Q4
-    codes, planes, own = area + word(job, w.AT_QUADS), area + word(job, w.AT_PLANES), area + word(job, w.AT_OWN)
+    planes, own, row = area + word(job, w.AT_PLANES), area + word(job, w.AT_OWN), word(side, w.SD_CODE_BYTES)
     keeps, shares = state_of(job, area, all_rows, 2) + at * 4, state_of(job, area, all_rows, 3) + at * 4
     factors = state_of(job, area, all_rows, 1) + at * 4
     weights, inverse = area + word(job, w.AT_SCORES) + at * CACHED * 4, own + CACHED * 4
@@ -148,12 +123,12 @@ def _exact_sums(job, area, result, units, at, n, all_rows, sight):
             bases = area + word(job, w.AT_BASES) + (g * all_rows + at) * 64
             for r in range(n):
                 _add_bases(weights + r * CACHED * 4, scales + CACHED * 4, keeps + r * 4, shares + r * 4, bases + r * 64)
-        for d in range(0, size, 32):
-            out = result + (at * width + g * size + d) * 4
+        for d in range(g * size, (g + 1) * size, 32):
+            ask_for(codes + (row + d * row // width) * CACHED, 32 * row // width * CACHED)
+            columns, out = codes + d * 4 * row // width, result + (at * width + d) * 4
             for r in range(0, n, 4):
-                _multiply(codes + d * 4, size * 4, planes + r * PLANES, keeps + r * 4, factors + r * 4,
+                _multiply(columns, is_q4, row * 4, planes + r * PLANES, keeps + r * 4, factors + r * 4,
                           out + r * width * 4, width * 4)  # fmt: skip
-        codes += CACHED * size
 
 
 @njit(**BARE)
@@ -164,17 +139,16 @@ def add_values(job, area, result, at, n, all_rows, kv_head, sight):
     head = kv_head if word(side, w.SD_HEADS) > 1 else 0
     _, _, _, block, low, high = sight
     if word(side, w.SD_INT8):
-        codes, scales = find(job, side, area, head, block, low, high)
+        codes, scales = find(job, side, head, block)
         units = area + word(job, w.AT_UNITS)
-        spread_scales(side, scales, units)
-        _spread_codes(side, codes, area + word(job, w.AT_QUADS))
-        _exact_sums(job, area, result, units, at, n, all_rows, sight)
+        spread_scales(side, scales, low - block, high - block, units)
+        _exact_sums(job, area, result, codes, units, at, n, all_rows, sight)
         return
     weights, out = area + word(job, w.AT_SCORES) + at * CACHED * 4, result + at * width * 4
     keep, share = state_of(job, area, all_rows, 2) + at * 4, state_of(job, area, all_rows, 3) + at * 4
     start, stop = low - block, high - block
     if is_direct(side, n):
-        x, _ = find(job, side, area, head, block, low, high)
+        x, _ = find(job, side, head, block)
         weigh_f16(weights, CACHED * 4, n, keep, share, x, width * 2, start, stop, width, out, width * 4)
     else:
         x = decoded(job, side, area, kv_head, low, high - low) - start * width * 4

@@ -8,25 +8,22 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from .simd_cpu import load_f16
 from .vectors import (
     F32X16,
     I8,
     I32,
     I32X16,
     LANES,
-    U8X64,
     const,
     exchanged,
     f32x16,
+    i32x16,
     load,
     operation,
     pointer,
     shuffle,
     splat,
     store,
-    transposed_lines,
-    u8x64,
 )
 
 _QUARTER = 4  # lanes of 128 bits
@@ -101,73 +98,29 @@ def quotient(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
     return b.select(b.fcmp_ordered(">", y, zero), b.fdiv(x, y), zero)
 
 
-@operation(types.void, types.intp, types.intp)
-def prefetch(b: ir.IRBuilder, base: ir.Value, offset: ir.Value) -> None:
-    """Ask for a cache line; any address is allowed."""
+def _prefetch(b: ir.IRBuilder, base: ir.Value, offset: ir.Value, nearness: int) -> None:
     where = pointer(b, base, offset, I8)
-    hints = [ir.Constant(I32, n) for n in (0, 3, 1)]  # to be read, kept in all caches, data
+    hints = [ir.Constant(I32, n) for n in (0, nearness, 1)]  # to be read, as near as that, data
     function = cgutils.get_or_insert_function(
         b.module, ir.FunctionType(ir.VoidType(), [where.type, I32, I32, I32]), "llvm.prefetch.p0"
     )
     b.call(function, [where, *hints])
 
 
-@operation(types.UniTuple(u8x64, 8), types.intp, types.intp)
-def strided_tile(b: ir.IRBuilder, base: ir.Value, stride: ir.Value) -> ir.Value:
-    """32 bytes of sixteen rows, `stride` bytes apart, transposed as `simd.load_tile` does."""
-    lines = []
-    for _ in range(LANES):
-        lines.append(b.load(b.inttoptr(base, ir.VectorType(I32, LANES // 2).as_pointer()), align=1))
-        base = b.add(base, stride)
-    return transposed_lines(b, lines)
+@operation(types.void, types.intp, types.intp)
+def prefetch(b: ir.IRBuilder, base: ir.Value, offset: ir.Value) -> None:
+    """Ask for a cache line; any address is allowed."""
+    _prefetch(b, base, offset, 3)
 
 
-def _quads(n: int) -> Any:
-    lanes = n // 16  # of 128 bits: first every one by itself
-
-    def zipped(b: ir.IRBuilder, x: ir.Value, y: ir.Value, size: int) -> list[ir.Value]:
-        """Interleave pieces of `size` bytes of the lower half of every lane, then of the upper one."""
-        order = [16 * lane + half + i + k for lane in range(lanes) for half in (0, 8) for i in range(0, 8, size)
-                 for k in (*range(size), *range(n, n + size))]  # fmt: skip
-        return [shuffle(b, x, y, [k for i, k in enumerate(order) if i // 16 % 2 == half]) for half in (0, 1)]
-
-    def emit(b: ir.IRBuilder, base: ir.Value, stride: ir.Value) -> ir.Value:
-        rows = []
-        for _ in range(4):
-            rows.append(b.load(b.inttoptr(base, ir.VectorType(I8, n).as_pointer()), align=1))
-            base = b.add(base, stride)
-        pairs = zip(zipped(b, rows[0], rows[1], 1), zipped(b, rows[2], rows[3], 1), strict=True)
-        v = [part for low, high in pairs for part in zipped(b, low, high, 2)]  # columns 4 k .. 4 k + 3 of all lanes
-        result = ir.Constant(ir.ArrayType(U8X64, lanes), ir.Undefined)
-        for lane in range(lanes):
-            part = list(range(16 * lane, 16 * lane + 16)) + list(range(n + 16 * lane, n + 16 * lane + 16))
-            halves = shuffle(b, v[0], v[1], part), shuffle(b, v[2], v[3], part)
-            result = b.insert_value(result, shuffle(b, halves[0], halves[1], list(range(64))), lane)
-        return result
-
-    emit.__name__ = f"quads_{n}"
-    emit.__doc__ = f"{n} bytes of four rows, `stride` bytes apart, sixteen in a vector: lane i is byte i of each row."
-    return operation(types.UniTuple(u8x64, lanes), types.intp, types.intp)(emit)
+@operation(types.void, types.intp, types.intp)
+def prefetch_far(b: ir.IRBuilder, base: ir.Value, offset: ir.Value) -> None:
+    """Ask for a cache line, but not in the nearest cache: what waits for memory there is soon too much."""
+    _prefetch(b, base, offset, 2)
 
 
-quads_16, quads_32, quads_64 = _quads(16), _quads(32), _quads(64)
-
-
-def _spread_f16(n: int) -> Any:
-    def emit(b: ir.IRBuilder, source: ir.Value, out: ir.Value, stride: ir.Value) -> None:
-        vectors = [load_f16(b, source, ir.Constant(source.type, 32 * i)) for i in range(n)]
-        step = n
-        while step > 1:  # each time the lowest bit of a number's place becomes the highest
-            pairs = list(zip(vectors[::2], vectors[1::2], strict=True))
-            vectors = [shuffle(b, pair[0], pair[1], list(range(odd, 2 * LANES, 2))) for odd in (0, 1) for pair in pairs]
-            step //= 2
-        for vector in vectors:
-            store(b, out, ir.Constant(out.type, 0), vector)
-            out = b.add(out, stride)
-
-    emit.__name__ = f"spread_f16_{n}"
-    emit.__doc__ = f"Sixteen rows of {n} float16, without gaps, as columns of float32, `stride` bytes apart."
-    return operation(types.void, types.intp, types.intp, types.intp)(emit)
-
-
-spread_f16_2, spread_f16_4, spread_f16_8 = (_spread_f16(n) for n in (2, 4, 8))
+@operation(i32x16, types.intp, types.intp, types.intp)
+def byte_of_lanes(b: ir.IRBuilder, base: ir.Value, offset: ir.Value, place: ir.Value) -> ir.Value:
+    """Byte `place`, from 0 on, of each of sixteen 32-bit lanes in memory, as unsigned numbers."""
+    shift = splat(b, b.trunc(b.mul(place, ir.Constant(place.type, 8)), I32), LANES)
+    return b.and_(b.lshr(load(b, base, offset, I32X16), shift), const(I32X16, 255))

@@ -21,10 +21,8 @@ from formats.kv_modules import KVModule
 from ..config import ModelConfig
 from ..errors import CacheError
 from ..rope import angles, frequencies
-from .codecs import Plane, code_codec, side_codecs
+from .codecs import BLOCK, Plane, base_of, code_codec, side_codecs
 from .state import SavedRing, fill_ring, read_ring, ring_parts
-
-BLOCK = 64  # tokens that attention takes at a time; blocks begin at multiples of it
 
 
 @dataclass(frozen=True)
@@ -63,16 +61,17 @@ class KVRing:
         self.clock = np.zeros(2, np.int64)  # length and sinks, where compiled kernels read them
         self.codec, self.length, self.sinks = codec, 0, sinks
         self.oldest = 0  # from this position on everything is still stored; it stays when tokens are taken back
-        # While a chunk is appended its first token must still see what its last one pushes out of the window.
-        self.slots = capacity + chunk - 1
+        # While a chunk is appended its first token must still see what its last one pushes out of the window. A part
+        # of a block is left over beside the sinks.
+        self.slots = (capacity + chunk + 2 * BLOCK - 3) // BLOCK * BLOCK
         ranks = {(module.layer, module.side): module.rank for module in modules}
 
         def plane(layer: int, side: str) -> Plane:
             rank = ranks.get((layer, side))
             if rank is None:
                 mean = key_means.get(layer) if side == "k" else None
-                return Plane(codecs[side], config.n_kv_heads, config.head_dim, self.slots, mean=mean)
-            return Plane(code_codec(codecs[side], rank), 1, rank, self.slots, learned=True)
+                return Plane(side, codecs[side], config.n_kv_heads, config.head_dim, self.slots, mean=mean)
+            return Plane(side, code_codec(codecs[side], rank), 1, rank, self.slots, learned=True)
 
         self.layers = [RingLayer(plane(i, "k"), plane(i, "v")) for i in range(config.n_layers)]
         # Cosine and sine of each slot's position, where keys are rotated after they are decoded.
@@ -116,11 +115,15 @@ class KVRing:
         """Bytes of all that is stored, used or not."""
         return self.turns.nbytes + sum(plane.nbytes for plane in self.planes)
 
+    @property
+    def base(self) -> int:
+        """The first slot that is used again."""
+        return base_of(self.sinks)
+
     def slot(self, positions: np.ndarray) -> np.ndarray:
         """Where the tokens at these absolute positions lie, or lay."""
-        return np.where(
-            positions < self.sinks, positions, self.sinks + (positions - self.sinks) % (self.slots - self.sinks)
-        )
+        base = self.base
+        return np.where(positions < base, positions, base + (positions - base) % (self.slots - base))
 
     def visible(self, position: int) -> np.ndarray:
         """Positions that a query at `position` sees, oldest first."""
@@ -158,7 +161,12 @@ class KVRing:
 
     def _lose(self, end: int) -> None:
         """Count as lost what tokens up to position `end` overwrite."""
-        self.oldest = max(self.oldest, end - (self.slots - self.sinks))
+        if end > self.slots:
+            self.oldest = max(self.oldest, end - (self.slots - self.base))
+
+    def _has(self, first: int, stop: int) -> bool:
+        """Whether all of the positions first .. stop - 1 that were ever appended are still stored."""
+        return max(first, self.base) >= min(stop, self.oldest)
 
     def trim(self, n: int) -> None:
         """Forget all but the first n tokens, as if the others had never been appended.
@@ -167,8 +175,7 @@ class KVRing:
         """
         if not 0 <= n <= self.length:
             raise CacheError(f"cannot keep {n} tokens of {self.length}")
-        oldest_needed = max(self.sinks, n + 1 - (self.capacity - self.sinks))
-        if oldest_needed < min(n, self.oldest):
+        if not self._has(max(self.sinks, n + 1 - (self.capacity - self.sinks)), n):
             raise CacheError(f"cannot go back to {n} tokens: some of those it would see have slid out of the ring")
         self.length, self.oldest = n, min(self.oldest, n)
 
@@ -179,9 +186,10 @@ class KVRing:
     def copy(self) -> KVRing:
         """A ring of its own with the same tokens: what is done to the one is not seen in the other."""
         other = KVRing(self.config, self.capacity, self.chunk, self.sinks, self.codec, self.modules, self.key_means)
-        used = min(self.length, self.slots)
         for theirs, mine in zip(other.planes, self.planes, strict=True):
-            theirs.codes[:, :used], theirs.scales[:, :used] = mine.codes[:, :used], mine.scales[:, :used]
+            for to, source in zip(theirs.arrays, mine.arrays, strict=True):
+                used = -(-min(self.length, self.slots) // source.shape[2])
+                to[:, :used] = source[:, :used]
         other.turns[:] = self.turns
         other.length, other.oldest = self.length, self.oldest
         return other
@@ -213,6 +221,6 @@ class KVRing:
     def _restore_turns(self, length: int) -> None:
         """Compute what note_turns has kept of the tokens before `length`."""
         if self.turns.size:
-            first = max(self.sinks, length - (self.slots - self.sinks))
-            positions = np.r_[0 : min(self.sinks, length), first:length]
+            first = max(self.base, length - (self.slots - self.base))
+            positions = np.r_[0 : min(self.base, length), first:length]
             self.turns[:, self.slot(positions)] = angles(frequencies(self.config), positions)

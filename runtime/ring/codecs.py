@@ -29,7 +29,15 @@ import numpy as np
 from ..errors import CacheError
 
 CODECS = ("f32", "f16", "q8", "q4")
+BLOCK = 64  # slots that attention reads at a time; planes have a whole number of such blocks
 LARGEST = np.float32(65504)  # of float16
+
+
+def base_of(sinks: int) -> int:
+    """The first slot of a ring that is used again: blocks with sinks stay as they are.
+
+    Every block of positions that begins at a multiple of BLOCK so lies in one piece."""
+    return -(-sinks // BLOCK) * BLOCK
 
 
 def side_codecs(kv: str) -> tuple[str, str]:
@@ -57,16 +65,31 @@ class Plane:
 
     rotated: numbers in one block of the Hadamard rotation, the largest power of two that divides width; 1 for none
     mirror: (heads, width) float32, or None; vectors x are stored as x - mirror (mirror . x), its own inverse
-    codes: (heads, slots, n) of float32, float16, int8, or uint8 with two codes in a byte: of each group's 16 bytes,
-    byte i holds code i in its lower and code i + 16 in its upper half
-    scales: (heads, slots, groups) float16 for q8, (heads, slots, groups, 2) for q4 with scale and base, else empty
+    codes: of one vector float32, float16, int8, or uint8 with two codes in a byte: of each group's 16 bytes, byte i
+    holds code i in its lower and code i + 16 in its upper half
+    scales: of one vector (groups,) float16 for q8, (groups, 2) for q4 with scale and base, else none
+
+    Bytes lie as integer kernels take them, four to a 32-bit lane and 64 to a register, so that nothing is transposed
+    when it is read. A lane has four bytes of one of sixteen keys, which are multiplied with a query's; or one byte of
+    each of four values, which are multiplied with four weights. Scales lie by sixteen tokens.
+    keys (heads, slots / 16, bytes / 4, 16 tokens, 4 bytes); values (heads, slots / 4, bytes / 16, 16 bytes, 4 tokens)
+    scales (heads, slots / 16, numbers, 16 tokens); f32 and f16 (heads, slots, numbers)
     """
 
     def __init__(
-        self, codec: str, heads: int, width: int, slots: int, learned: bool = False, mean: np.ndarray | None = None
+        self,
+        side: str,
+        codec: str,
+        heads: int,
+        width: int,
+        slots: int,
+        learned: bool = False,
+        mean: np.ndarray | None = None,
     ) -> None:
-        """learned: it stores the codes of a learned projection; mean: (heads, width), what vectors scatter about"""
-        self.codec, self.heads, self.width, self.slots = codec, heads, width, slots
+        """side: "k" or "v"; learned: it stores the codes of a learned projection; mean: (heads, width), what vectors
+        scatter about; slots: rounded up to whole blocks"""
+        self.side, self.codec, self.heads, self.width = side, codec, heads, width
+        self.slots = -(-slots // BLOCK) * BLOCK
         self.rotated = width & -width if codec in ("q8", "q4") and not learned else 1
         self.group = {"f32": 16, "f16": 16, "q8": 32 if width % 64 else 64, "q4": 32}[codec]
         # The base is a group's: other groups than whole blocks of the rotation would not see a constant.
@@ -75,14 +98,25 @@ class Plane:
         groups = -(-width // self.group)
         self.padded = groups * self.group
         dtype = {"f32": np.float32, "f16": np.float16, "q8": np.int8, "q4": np.uint8}[codec]
-        self.codes = _aligned((heads, slots, self.padded // 2 if codec == "q4" else self.padded), dtype)
-        extra = {"q8": (groups,), "q4": (groups, 2)}.get(codec, (0,))
-        self.scales = _aligned((heads, slots, *extra), np.float16)
+        self.code_bytes = self.padded // 2 if codec == "q4" else self.padded * np.dtype(dtype).itemsize
+        self.scale_bytes = {"q8": 2 * groups, "q4": 4 * groups}.get(codec, 0)
+        # Codes and scales of a slot, by tile and place in it: (heads, tiles, tokens of a tile, pieces, piece)
+        if self.scale_bytes:
+            tile = (self.slots // 16, self.code_bytes // 4, 16, 4)
+            if side == "v":
+                tile = (self.slots // 4, self.code_bytes // 16, 16, 4)
+            self.codes = _aligned((heads, *tile), dtype)
+            self._codes = self.codes.transpose((0, 1, 3, 2, 4) if side == "k" else (0, 1, 4, 2, 3))
+        else:
+            self.codes = _aligned((heads, self.slots, self.padded), dtype)
+            self._codes = self.codes[:, :, None, None]
+        self.scales = _aligned((heads, self.slots // 16, self.scale_bytes // 2, 16), np.float16)
+        self._scales = self.scales.transpose(0, 1, 3, 2)[..., None]
 
     @property
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        """Everything that is stored, each array with its slots along the second axis."""
-        return self.codes, self.scales
+        """Everything that is stored, as (heads, tiles, tokens of a tile, pieces, numbers of a piece)."""
+        return self._codes, self._scales
 
     @property
     def nbytes(self) -> int:
@@ -93,29 +127,39 @@ class Plane:
         x = np.zeros((self.heads, len(slots), self.padded), np.float32)
         given = vectors.reshape(len(slots), self.heads, self.width).transpose(1, 0, 2)
         x[:, :, : self.width] = hadamard(mirrored(given, self.mirror), self.rotated)
-        if self.codec == "f32":
-            self.codes[:, slots] = x
-            return
-        if self.codec == "f16":
-            self.codes[:, slots] = np.clip(x, -LARGEST, LARGEST)
+        if self.codec in ("f32", "f16"):
+            put_rows(self._codes, slots, np.clip(x, -LARGEST, LARGEST) if self.codec == "f16" else x)
             return
         groups = x.reshape(*x.shape[:2], -1, self.group)
-        codes, self.scales[:, slots] = (_quantize_q8 if self.codec == "q8" else _quantize_q4)(groups)
-        self.codes[:, slots] = codes.reshape(*codes.shape[:2], -1)
+        codes, scales = (_quantize_q8 if self.codec == "q8" else _quantize_q4)(groups)
+        put_rows(self._codes, slots, codes)
+        put_rows(self._scales, slots, scales)
 
     def read(self, slots: np.ndarray) -> np.ndarray:
         """Give the stored vectors. slots: (n,) integer; returns: (heads, n, width) float32"""
-        codes = self.codes[:, slots]
+        codes = rows(self._codes, slots)
         if self.codec in ("f32", "f16"):
             return codes[:, :, : self.width].astype(np.float32)
-        scales = self.scales[:, slots].astype(np.float32)
-        groups = codes.reshape(*codes.shape[:2], scales.shape[2], -1)
+        groups = codes.reshape(*codes.shape[:2], self.padded // self.group, -1)
+        scales = rows(self._scales, slots).astype(np.float32).reshape(*groups.shape[:3], -1)
         if self.codec == "q8":
-            x = groups * scales[..., None]
+            x = groups * scales
         else:
             x = np.concatenate((groups & 15, groups >> 4), axis=3) * scales[..., :1] + scales[..., 1:]
         x = x.reshape(*codes.shape[:2], self.padded)[:, :, : self.width]
         return mirrored(hadamard(x, self.rotated), self.mirror)
+
+
+def rows(tiles: np.ndarray, slots: np.ndarray) -> np.ndarray:
+    """Some slots of one of a plane's arrays. slots: (n,) integer; returns: (heads, n, numbers), a copy"""
+    found = tiles[:, slots // tiles.shape[2], slots % tiles.shape[2]]
+    return found.reshape(len(tiles), len(slots), -1)
+
+
+def put_rows(tiles: np.ndarray, slots: np.ndarray, given: np.ndarray) -> None:
+    """Write some slots of one of a plane's arrays. slots: (n,) integer; given: (heads, n, ...), a slot's numbers"""
+    shape = (len(tiles), len(slots), *tiles.shape[3:])
+    tiles[:, slots // tiles.shape[2], slots % tiles.shape[2]] = given.reshape(shape)
 
 
 def _mirror(mean: np.ndarray) -> np.ndarray:

@@ -1,6 +1,7 @@
 """The KV ring's tokens as bytes, and back. Nothing of a ring is touched before all of a state has been checked.
 
-Layout: b"TRITKV3\\n", a line of JSON (the ring's geometry), the used slots of every array, u32 crc32 of all before.
+Layout: b"TRITKV4\\n", a line of JSON (the ring's geometry), the used slots of every array, slot by slot for each head,
+u32 crc32 of all before.
 A state may come from anyone: whatever is wrong with it is a CacheError.
 """
 
@@ -17,15 +18,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import CacheError
+from .codecs import base_of, put_rows, rows
 
 if TYPE_CHECKING:
     from .cache import KVRing
 
-MAGIC = b"TRITKV3\n"
+MAGIC = b"TRITKV4\n"
 MAX_HEAD = 1 << 20
 MAX_LENGTH = 1 << 40  # tokens
 OPTIONS = {"capacity": "n_ctx, -c", "chunk": "n_batch, -b", "codec": "kv, --kv"}  # what a context is asked for with
 _CHUNK = 1 << 20
+_CHUNK_SLOTS = 1 << 13
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ def ring_parts(ring: KVRing) -> Iterator[bytes | memoryview]:
     """Give a ring's state piece by piece, so that a large one is never held twice."""
     crc = 0
     head: list[bytes | memoryview] = [MAGIC, json.dumps(_geometry(ring), sort_keys=True).encode() + b"\n"]
-    for part in chain(head, _rows(ring, ring.length)):
+    for part in chain(head, (_as_bytes(rows(*piece)) for piece in _pieces(ring, ring.length))):
         crc = zlib.crc32(part, crc)
         yield part
     yield crc.to_bytes(4, "little")
@@ -60,7 +63,7 @@ def read_ring(ring: KVRing, stream: io.BufferedIOBase) -> SavedRing:
     start = stream.tell()
     _check_sum(stream, begin)
     length, oldest, sinks = _check_geometry(ring, head)
-    expected = sum(row.nbytes for row in _rows(ring, length))
+    expected = sum(_nbytes(*piece) for piece in _pieces(ring, length))
     found = stream.tell() - 4 - start
     if found != expected:
         raise CacheError(f"the saved state is damaged: it has {found} bytes of keys and values, not {expected}")
@@ -70,9 +73,11 @@ def read_ring(ring: KVRing, stream: io.BufferedIOBase) -> SavedRing:
 def fill_ring(ring: KVRing, saved: SavedRing, stream: io.BufferedIOBase) -> None:
     """Copy the arrays of a state that `read_ring` has checked. Raises CacheError if the stream has changed since."""
     stream.seek(saved.start)
-    for row in _rows(ring, saved.length):
-        if stream.readinto(row) != row.nbytes:
+    for tiles, slots in _pieces(ring, saved.length):
+        given = np.empty((1, _nbytes(tiles, slots) // tiles.itemsize), tiles.dtype)
+        if stream.readinto(_as_bytes(given)) != given.nbytes:
             raise CacheError("the saved state became shorter while it was read")
+        put_rows(tiles, slots, given)
 
 
 def _check_sum(stream: io.BufferedIOBase, begin: int) -> None:
@@ -125,16 +130,26 @@ def _check_geometry(ring: KVRing, head: bytes) -> tuple[int, int, int]:
     length, oldest, sinks = numbers
     if not 0 <= length < MAX_LENGTH or not 0 <= sinks < ring.capacity or not 0 <= oldest <= length:
         raise CacheError(f"the saved state is damaged: it has {length} tokens from {oldest} on, {sinks} sinks")
-    needed = max(sinks, length + 1 - (ring.capacity - sinks))
-    if not length - (ring.slots - sinks) <= oldest or needed < min(length, oldest):
+    base, needed = base_of(sinks), max(sinks, length + 1 - (ring.capacity - sinks))
+    lost = length - (ring.slots - base) if length > ring.slots else 0
+    if oldest < lost or max(needed, base) < min(length, oldest):
         raise CacheError(f"the saved state is damaged: {length} tokens cannot be there from {oldest} on")
     return length, oldest, sinks
 
 
-def _rows(ring: KVRing, length: int) -> Iterator[memoryview]:
-    """The used slots of each array and head as bytes, for a ring of that many tokens."""
+def _pieces(ring: KVRing, length: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Arrays of one head and some of their used slots, for a ring of that many tokens; together all of them."""
     used = min(length, ring.slots)
     for plane in ring.planes:
-        for part in plane.arrays:
-            if part.size and used:
-                yield from (memoryview(head[:used].reshape(-1).view(np.uint8)) for head in part)
+        for tiles in plane.arrays:
+            for head in range(len(tiles) if tiles.size else 0):
+                for start in range(0, used, _CHUNK_SLOTS):
+                    yield tiles[head : head + 1], np.arange(start, min(start + _CHUNK_SLOTS, used))
+
+
+def _nbytes(tiles: np.ndarray, slots: np.ndarray) -> int:
+    return len(slots) * tiles[0, 0, 0].nbytes
+
+
+def _as_bytes(array: np.ndarray) -> memoryview:
+    return memoryview(array.reshape(-1).view(np.uint8))
