@@ -14,7 +14,7 @@ from ..ring.cache import KVRing
 from ..ring.codecs import CODECS, Plane
 from ..ring.projections import Decoder
 from . import words as w
-from .base import Decoders, Turns, stays_codes
+from .base import Decoders, Turns, stays_codes, weight_bits
 from .memory import address, aligned
 from .pool import Pool
 
@@ -64,6 +64,7 @@ def _describe(plane: Plane, decoder: Decoder | None, ring: KVRing, is_keys: bool
     words[w.SD_PADDED], words[w.SD_GROUP] = plane.padded, plane.group
     words[w.SD_CODE_BYTES], words[w.SD_SCALE_BYTES] = plane.code_bytes, plane.scale_bytes
     words[w.SD_VALUES] = not is_keys
+    words[w.SD_BYTES] = weight_bits(plane, decoder) // 7
     words[w.SD_DATA], words[w.SD_SCALES] = address(plane.codes), address(plane.scales)
     words[w.SD_SEEN] = words[w.SD_FEATURES] = plane.padded
     words[w.SD_ROTATED] = plane.rotated

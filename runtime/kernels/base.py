@@ -35,6 +35,12 @@ def stays_codes(plane: Plane, decoder: Decoder | None, is_keys: bool) -> bool:
     return plane.codec in ("q8", "q4") and linear
 
 
+def weight_bits(plane: Plane, decoder: Decoder | None) -> int:
+    """Bits that attention's weights keep when they are multiplied with values that stay codes: q8 codes are fine enough
+    for 14 to matter; beside the errors of 4-bit codes, or of a projection, those of 7 are small."""
+    return 14 if plane.codec == "q8" and decoder is None else 7
+
+
 class Linear(Protocol):
     """One or more matrices that multiply the same activations."""
 

@@ -26,7 +26,7 @@ from .numba_panel import (
     store_column,
 )
 from .simd import load_f32, read_f32, splat_f32, store_f32
-from .simd_tiles import keep_lanes, prefetch, transpose
+from .simd_tiles import keep_lanes, prefetch_far, transpose
 from .words import AUX, AUX2, AUX3, DATA, OUTPUTS, TABLE, TABLE_LEVELS, TABLE_STEP, WIDTH, N
 
 ROWS = 16
@@ -83,7 +83,7 @@ def _strip(codec, job, matrix, row, last, tiles, step, scratch, lines, out):
             _units(codec, matrix, row, last, tiles, tile, step, lines + UNITS)
         # The hardware cannot follow as many rows: ask for the next strip, in the order of its bytes.
         for line in range(0, ROWS * simd.TILE_BYTES, 64):
-            prefetch(ahead + tile * ROWS * simd.TILE_BYTES, line)
+            prefetch_far(ahead + tile * ROWS * simd.TILE_BYTES, line)
         a, b, c, d = _tile(codec, scratch, lines, tile)
         unit, group = load_f32(lines, UNITS + tile % TILES * 64), tile * (2 if codec == Q8 else 4)
         total = _one_group(job, quants, a, unit, group, total)

@@ -23,11 +23,18 @@ from .words import CACHED, TILE
 
 @njit(forceinline=True)
 def _dot32(total, v, x):
-    """total + 32 codes of sixteen tokens times 32 numbers of a row; two sums, which the CPU makes at the same time."""
-    other = dot4_i8(dot4_i8(splat_i32(np.int32(0)), v[0], splat_quad(x, 0)), v[1], splat_quad(x, 4))
+    """total + 32 codes of sixteen tokens times 32 numbers of a row"""
+    total = dot4_i8(dot4_i8(total, v[0], splat_quad(x, 0)), v[1], splat_quad(x, 4))
     total = dot4_i8(dot4_i8(total, v[2], splat_quad(x, 8)), v[3], splat_quad(x, 12))
-    other = dot4_i8(dot4_i8(other, v[4], splat_quad(x, 16)), v[5], splat_quad(x, 20))
-    return other + dot4_i8(dot4_i8(total, v[6], splat_quad(x, 24)), v[7], splat_quad(x, 28))
+    total = dot4_i8(dot4_i8(total, v[4], splat_quad(x, 16)), v[5], splat_quad(x, 20))
+    return dot4_i8(dot4_i8(total, v[6], splat_quad(x, 24)), v[7], splat_quad(x, 28))
+
+
+@njit(forceinline=True)
+def _four_dots(totals, v, x, seen):
+    """The same for four rows: their sums do not wait for each other."""
+    a, b = _dot32(totals[0], v, x), _dot32(totals[1], v, x + seen)
+    return a, b, _dot32(totals[2], v, x + 2 * seen), _dot32(totals[3], v, x + 3 * seen)
 
 
 @njit(forceinline=True)
@@ -48,60 +55,60 @@ def _nibbles(codes):
 
 
 @njit(forceinline=True)
-def _add(exact, group, step, scale, scores):
-    """Add a group's exact product to sixteen scores."""
-    before = load_f32(scores, 0) if group else splat_f32(np.float32(0.0))
+def _products(codec, size, codes, x, seen, step, stride):
+    """One group's exact products of sixteen tokens and four rows. stride: from a row's step to the next"""
+    totals = (
+        splat_i32(read_i32(step, 0)),
+        splat_i32(read_i32(step, stride)),
+        splat_i32(read_i32(step, 2 * stride)),
+        splat_i32(read_i32(step, 3 * stride)),
+    )
+    if codec == Q4:
+        return _four_dots(totals, _nibbles(codes), x, seen)
+    totals = _four_dots(totals, _signed(codes), x, seen)
+    if size == 64:
+        totals = _four_dots(totals, _signed(codes + 512), x + 32, seen)
+    return totals
+
+
+@njit(forceinline=True)
+def _add(before, exact, scale, step):
     return fma(to_f32(exact), scale * splat_f32(read_f32(step, 4)), before)
 
 
 @njit(forceinline=True)
-def _q8_64(codes, n, group, seen, groups, quants, steps, units, scores):
-    """Sixteen tokens' group of 64 codes: scores[r, lane] for n rows."""
-    p, q = _signed(codes), _signed(codes + 512)
-    scale = load_f32(units, group * CACHED * 4)
-    for r in range(n):
-        x, step, out = quants + r * seen, steps + r * groups * STEP_BYTES, scores + r * CACHED * 4
-        exact = _dot32(splat_i32(read_i32(step, 0)), p, x) + _dot32(splat_i32(np.int32(0)), q, x + 32)
-        simd.store_f32(out, 0, _add(exact, group, step, scale, out))
-
-
-@njit(forceinline=True)
-def _q8_32(codes, n, group, seen, groups, quants, steps, units, scores):
-    p = _signed(codes)
-    scale = load_f32(units, group * CACHED * 4)
-    for r in range(n):
-        x, step, out = quants + r * seen, steps + r * groups * STEP_BYTES, scores + r * CACHED * 4
-        exact = _dot32(splat_i32(read_i32(step, 0)), p, x)
-        simd.store_f32(out, 0, _add(exact, group, step, scale, out))
-
-
-@njit(forceinline=True)
-def _q4_32(codes, n, group, seen, groups, quants, steps, units, scores):
-    v = _nibbles(codes)
-    scale, base = load_f32(units, 2 * group * CACHED * 4), load_f32(units, (2 * group + 1) * CACHED * 4)
-    for r in range(n):
-        x, step, out = quants + r * seen, steps + r * groups * STEP_BYTES, scores + r * CACHED * 4
-        value = _add(_dot32(splat_i32(np.int32(0)), v, x), group, step, scale, out)
-        simd.store_f32(out, 0, fma(base, splat_f32(read_f32(step, 8)), value))
+def _add_base(before, base, step):
+    return fma(base, splat_f32(read_f32(step, 8)), before)
 
 
 @njit(**BARE)
 def _exact_scores(side, codes, units, n, quants, steps, scores):
-    """scores[r, j] = rounded row r times token j of a block, for all tokens."""
+    """scores[r, j] = rounded row r times token j of a block, for all tokens. n: rows, in fours"""
     seen, size, codec = word(side, w.SD_SEEN), word(side, w.SD_GROUP), word(side, w.SD_CODEC)
     groups, block = seen // size, word(side, w.SD_CODE_BYTES) * CACHED
-    step_bytes = block // (CACHED // TILE * groups)  # of a group of sixteen tokens
+    stride, step_bytes = groups * STEP_BYTES, block // (CACHED // TILE * groups)  # of a group of sixteen tokens
+    zero = splat_f32(np.float32(0.0))
     for j in range(0, CACHED * 4, TILE * 4):
-        for g in range(groups):
-            ask_for(codes + block, step_bytes)
-            x, step = quants + g * size, steps + g * STEP_BYTES
-            if codec == Q4:
-                _q4_32(codes, n, g, seen, groups, x, step, units + j, scores + j)
-            elif size == 64:
-                _q8_64(codes, n, g, seen, groups, x, step, units + j, scores + j)
-            else:
-                _q8_32(codes, n, g, seen, groups, x, step, units + j, scores + j)
-            codes += step_bytes
+        for r in range(0, n, 4):
+            a, b, c, d = zero, zero, zero, zero
+            for g in range(groups):
+                x, step, at = quants + r * seen + g * size, steps + r * stride + g * STEP_BYTES, codes + g * step_bytes
+                if r == 0:
+                    ask_for(at + block, step_bytes)
+                exact = _products(codec, size, at, x, seen, step, stride)
+                scale = load_f32(units, j + (2 * g if codec == Q4 else g) * CACHED * 4)
+                a, b = _add(a, exact[0], scale, step), _add(b, exact[1], scale, step + stride)
+                c, d = _add(c, exact[2], scale, step + 2 * stride), _add(d, exact[3], scale, step + 3 * stride)
+                if codec == Q4:
+                    base = load_f32(units, j + (2 * g + 1) * CACHED * 4)
+                    a, b = _add_base(a, base, step), _add_base(b, base, step + stride)
+                    c, d = _add_base(c, base, step + 2 * stride), _add_base(d, base, step + 3 * stride)
+            out = scores + r * CACHED * 4 + j
+            simd.store_f32(out, 0, a)
+            simd.store_f32(out, CACHED * 4, b)
+            simd.store_f32(out, CACHED * 8, c)
+            simd.store_f32(out, CACHED * 12, d)
+        codes += groups * step_bytes
 
 
 @njit(**BARE)

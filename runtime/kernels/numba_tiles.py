@@ -11,7 +11,7 @@ from numba import njit
 
 from .compiling import BARE
 from .simd import fma, load_f16_as_f32, load_f32, read_f32, splat_f32, store_f32
-from .simd_tiles import prefetch, store_tile, sum_tile
+from .simd_tiles import prefetch_far, store_tile, sum_tile
 from .words import CACHED
 
 
@@ -28,7 +28,7 @@ def _dots(load, size, a, a_stride, rows, b, b_stride, first, stop, width, out, o
         b1, b2, b3 = b0 + b_stride, b0 + 2 * b_stride, b0 + 3 * b_stride
         if size == 2:
             for i in range(0, b_stride * 4, 64):
-                prefetch(b0 + b_stride * CACHED, i)
+                prefetch_far(b0 + b_stride * CACHED, i)
         for i in range(0, rows, 4):
             a0 = a + i * a_stride
             a1, a2, a3 = a0 + a_stride, a0 + 2 * a_stride, a0 + 3 * a_stride
@@ -107,8 +107,8 @@ def _weigh_64(load, size, w0, stride, keep, share, vectors, v_stride, first, sto
     for j in range(first, stop):
         v = vectors + j * v_stride
         if size == 2:
-            prefetch(v + v_stride * CACHED, 0)
-            prefetch(v + v_stride * CACHED, 64)
+            prefetch_far(v + v_stride * CACHED, 0)
+            prefetch_far(v + v_stride * CACHED, 64)
         y0, y1, y2, y3 = load(v, 0), load(v, 16 * size), load(v, 32 * size), load(v, 48 * size)
         x = splat_f32(read_f32(w0, j * 4))
         s00, s01, s02, s03 = fma(x, y0, s00), fma(x, y1, s01), fma(x, y2, s02), fma(x, y3, s03)

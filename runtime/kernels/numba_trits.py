@@ -14,7 +14,7 @@ from .numba_jobs import BLOCK, matrix_of, rows_of
 from .numba_math import word
 from .numba_panel import AT_ONCE, PANELS, add_group, add_panel, clear, emit_panel, inputs_of, store_column
 from .simd import fma, load_f32, read_f32, splat_f32, store_f32, to_f32
-from .simd_tiles import prefetch
+from .simd_tiles import prefetch_far
 from .words import DATA, PADDED, PADDED_STRIDE, QUANTS, ROUND, TABLE, UNIT_ROWS, WIDTH, N
 
 ROWS = 16  # of a strip
@@ -111,7 +111,7 @@ def _strip_int8(depth, data, blocks, table, job, out):
     for block in range(blocks):
         here = data + block * (256 * depth + 48)
         for line in range(0, 256 * depth + 48, 64):
-            prefetch(here + line, AHEAD)
+            prefetch_far(here + line, AHEAD)
         q, units = _superblock(depth, here, table)
         total = _one_group(job, q[0], units[0], block * 5, offset, total)
         total = _one_group(job, q[1], units[1], block * 5 + 1, offset, total)

@@ -1,7 +1,8 @@
 """Sums of values: a block's vectors, weighted, are added to what a unit's rows have summed so far.
 
 Values that stay codes are summed in integers: weights times scales are rounded to 14 bits of the largest that a row
-has in a group, and split in two bytes. Codes of four tokens lie together, a column to a lane.
+has in a group, and split in two bytes; or to 7 bits (base.weight_bits). Codes of four tokens lie together, a column to
+a lane.
 """
 
 from __future__ import annotations
@@ -22,69 +23,75 @@ from .simd import dot4, fma, load_f32, load_u8, read_f32, splat_f32, splat_i32, 
 from .simd_tiles import keep_lanes
 from .words import CACHED
 
-TOP = np.float32(16383.0)  # the largest weight: two bytes of 7 bits
-PLANES = 2 * CACHED  # bytes of a row's weights: high ones, then low ones
+PLANES = 2 * CACHED  # bytes of a row's weights: high ones, then low ones; or one for each
 
 
 @njit(forceinline=True)
-def _invert(scales, start, stop, out):
-    """out = scales / the largest of those of tokens start .. stop - 1, in units of TOP. Returns what undoes that."""
-    top = splat_f32(np.float32(0.0))
+def _invert(scales, start, stop, top, out):
+    """out = scales / the largest of those of tokens start .. stop - 1, in units of top. Returns what undoes that."""
+    largest = splat_f32(np.float32(0.0))
     for i in range(0, CACHED, 16):
         seen = keep_lanes(load_f32(scales, i * 4), start - i, stop - i, np.float32(0.0))
-        top = simd.larger_magnitude(top, seen)
-    largest = simd.largest_magnitude(top)
-    inverse = TOP / largest if largest > np.float32(0.0) else np.float32(0.0)
+        largest = simd.larger_magnitude(largest, seen)
+    unit = simd.largest_magnitude(largest) / top
+    inverse = np.float32(1.0) / unit if unit > np.float32(0.0) else np.float32(0.0)
     for i in range(0, CACHED, 16):
         seen = keep_lanes(load_f32(scales, i * 4), start - i, stop - i, np.float32(0.0))
         store_f32(out, i * 4, seen * inverse)
-    return largest / TOP
+    return unit
 
 
 @njit(forceinline=True)
-def _split(weights, scales, planes):
-    """Round weights times scales and write their high and their low bytes."""
+def _round(weights, scales, two, planes):
+    """Round weights times scales, and write their bytes, or their high and their low ones."""
     for i in range(0, CACHED, 16):
         # At 1.5 * 2^23 a float's last bit counts ones.
         x = fma(load_f32(weights, i * 4), load_f32(scales, i * 4), splat_f32(np.float32(12582912.0)))
         bits = simd.f32_bits(x)
-        simd.store_i32_as_i8(planes, i, bits >> 7)
-        simd.store_i32_as_i8(planes, CACHED + i, bits & 127)
-
-
-@njit(forceinline=True)
-def _four_dots(sums, weights, a, b):
-    """Four tokens' products with two vectors of columns: (high bytes' a, b, low bytes' a, b)"""
-    high, low = splat_quad(weights, 0), splat_quad(weights, CACHED)
-    return dot4(sums[0], high, a), dot4(sums[1], high, b), dot4(sums[2], low, a), dot4(sums[3], low, b)
+        if two:
+            simd.store_i32_as_i8(planes, i, bits >> 7)
+            simd.store_i32_as_i8(planes, CACHED + i, bits & 127)
+        else:
+            simd.store_i32_as_i8(planes, i, bits)
 
 
 @njit(forceinline=True)
 def _columns(codes, is_q4):
-    """32 columns of four tokens."""
+    """32 columns of four tokens; q4 codes less 8, so that errors of weights mostly cancel."""
     a = load_u8(codes, 0)
-    return (a & 15, (a >> 4) & 15) if is_q4 else (a, load_u8(codes, 64))
+    return ((a & 15) - 8, ((a >> 4) & 15) - 8) if is_q4 else (a, load_u8(codes, 64))
 
 
 @njit(forceinline=True)
-def _multiply(codes, is_q4, stride, planes, keep, factors, out, out_stride):
+def _four_dots(sums, weights, two, a, b):
+    """Four tokens' products with two vectors of columns: (high bytes' a, b, low bytes' a, b)"""
+    high = splat_quad(weights, 0)
+    if not two:
+        return dot4(sums[0], high, a), dot4(sums[1], high, b), sums[2], sums[3]
+    low = splat_quad(weights, CACHED)
+    return dot4(sums[0], high, a), dot4(sums[1], high, b), dot4(sums[2], low, a), dot4(sums[3], low, b)
+
+
+@njit(forceinline=True)
+def _multiply(is_q4, two, codes, stride, planes, keep, factors, out, out_stride):
     """Add 32 columns' sums to four rows of the result. stride: from four tokens to the next"""
     zero = splat_i32(np.int32(0))
     s0 = s1 = s2 = s3 = (zero, zero, zero, zero)
     for j in range(0, CACHED, 4):
         a, b = _columns(codes + j // 4 * stride, is_q4)
-        s0, s1 = _four_dots(s0, planes + j, a, b), _four_dots(s1, planes + PLANES + j, a, b)
-        s2, s3 = _four_dots(s2, planes + 2 * PLANES + j, a, b), _four_dots(s3, planes + 3 * PLANES + j, a, b)
-    _add_pair(out, keep, factors, s0)
-    _add_pair(out + out_stride, keep + 4, factors + 4, s1)
-    _add_pair(out + 2 * out_stride, keep + 8, factors + 8, s2)
-    _add_pair(out + 3 * out_stride, keep + 12, factors + 12, s3)
+        s0, s1 = _four_dots(s0, planes + j, two, a, b), _four_dots(s1, planes + PLANES + j, two, a, b)
+        s2 = _four_dots(s2, planes + 2 * PLANES + j, two, a, b)
+        s3 = _four_dots(s3, planes + 3 * PLANES + j, two, a, b)
+    _add_pair(out, keep, factors, two, s0)
+    _add_pair(out + out_stride, keep + 4, factors + 4, two, s1)
+    _add_pair(out + 2 * out_stride, keep + 8, factors + 8, two, s2)
+    _add_pair(out + 3 * out_stride, keep + 12, factors + 12, two, s3)
 
 
 @njit(forceinline=True)
-def _add_pair(out, keep, factor, s):
-    add_scaled(out, keep, factor, to_f32((s[0] << 7) + s[2]))
-    add_scaled(out + 64, keep, factor, to_f32((s[1] << 7) + s[3]))
+def _add_pair(out, keep, factor, two, s):
+    add_scaled(out, keep, factor, to_f32((s[0] << 7) + s[2] if two else s[0]))
+    add_scaled(out + 64, keep, factor, to_f32((s[1] << 7) + s[3] if two else s[1]))
 
 
 @njit(forceinline=True)
@@ -106,20 +113,24 @@ def _exact_sums(job, area, result, codes, units, at, n, all_rows, sight):
     keeps, shares = state_of(job, area, all_rows, 2) + at * 4, state_of(job, area, all_rows, 3) + at * 4
     factors = state_of(job, area, all_rows, 1) + at * 4
     weights, inverse = area + word(job, w.AT_SCORES) + at * CACHED * 4, own + CACHED * 4
-    whole, rows = sees_all(job, sight), rows_of(job, sight[1])
+    two, whole, rows = word(side, w.SD_BYTES) == 2, sees_all(job, sight), rows_of(job, sight[1])
+    top = np.float32(16383.0) if two else np.float32(127.0)
     for g in range(width // size):
         scales = units + (2 * g if is_q4 else g) * CACHED * 4
-        unit = _invert(scales, 0, CACHED, inverse)
+        unit = _invert(scales, 0, CACHED, top, inverse)
         for r in range(n):
             if whole:
-                _split(weights + r * CACHED * 4, inverse, planes + r * PLANES)
+                _round(weights + r * CACHED * 4, inverse, two, planes + r * PLANES)
                 write_f32(factors, r * 4, unit * read_f32(shares, r * 4))
             else:  # what others see must not matter
                 start, stop = sight_of(job, at + r, rows, sight)
-                factor = _invert(scales, start, stop, own)
-                _split(weights + r * CACHED * 4, own, planes + r * PLANES)
+                factor = _invert(scales, start, stop, top, own)
+                _round(weights + r * CACHED * 4, own, two, planes + r * PLANES)
                 write_f32(factors, r * 4, factor * read_f32(shares, r * 4))
         if is_q4:
+            for i in range(0, CACHED * 4, 64):
+                base = load_f32(scales, CACHED * 4 + i)
+                store_f32(scales, CACHED * 4 + i, fma(load_f32(scales, i), splat_f32(np.float32(8.0)), base))
             bases = area + word(job, w.AT_BASES) + (g * all_rows + at) * 64
             for r in range(n):
                 _add_bases(weights + r * CACHED * 4, scales + CACHED * 4, keeps + r * 4, shares + r * 4, bases + r * 64)
@@ -127,8 +138,13 @@ def _exact_sums(job, area, result, codes, units, at, n, all_rows, sight):
             ask_for(codes + (row + d * row // width) * CACHED, 32 * row // width * CACHED)
             columns, out = codes + d * 4 * row // width, result + (at * width + d) * 4
             for r in range(0, n, 4):
-                _multiply(columns, is_q4, row * 4, planes + r * PLANES, keeps + r * 4, factors + r * 4,
-                          out + r * width * 4, width * 4)  # fmt: skip
+                rounded, keep, factor, to = planes + r * PLANES, keeps + r * 4, factors + r * 4, out + r * width * 4
+                if is_q4:
+                    _multiply(True, False, columns, row * 4, rounded, keep, factor, to, width * 4)
+                elif two:
+                    _multiply(False, True, columns, row * 4, rounded, keep, factor, to, width * 4)
+                else:
+                    _multiply(False, False, columns, row * 4, rounded, keep, factor, to, width * 4)
 
 
 @njit(**BARE)
