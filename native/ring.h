@@ -5,6 +5,7 @@
 enum { RING_F32, RING_F16, RING_Q8, RING_Q4 };
 enum { LONGEST_HEAD = 512 };
 enum { CHUNK = 64 };  // numbers that are encoded at a time: a whole number of groups of every codec
+enum { FITS = 2 };  // of scale and base of a q4 group
 #define LARGEST 65504.0f  // of float16
 
 // How far the job's ring has come.
@@ -79,9 +80,47 @@ INLINE void encode_q8(const float *x, int64_t size, int8_t *codes, uint16_t *sca
     for (int64_t i = 0; i < size; i += LANES) v_store_i8(codes + i, v_round(limited(quotient(v_load(x + i), scale), 127.0f)));
 }
 
-INLINE vi code_q4(const float *x, float base, float scale) {
-    vf code = quotient(v_load(x) - base, scale);
-    return v_round(v_max(v_min(code, v_splat(15.0f)), v_splat(0.0f)));
+// A group's scale and base, and its codes as numbers.
+typedef struct { float scale, base, codes[32]; } q4_group;
+
+INLINE float scale_q4(float scale) { return round_f16(scale < LARGEST ? scale : LARGEST); }
+INLINE float base_q4(float base) {
+    base = base < LARGEST ? base : LARGEST;
+    return round_f16(base > -LARGEST ? base : -LARGEST);
+}
+
+INLINE q4_group code_q4(const float *x, float scale, float base) {
+    q4_group g = {scale, base, {0}};
+    for (int i = 0; i < 32; i += LANES) {
+        vf code = quotient(v_load(x + i) - base, scale);
+        v_store(g.codes + i, v_to_f32(v_round(v_max(v_min(code, v_splat(15.0f)), v_splat(0.0f)))));
+    }
+    return g;
+}
+
+// The sum of the products of the numbers of two groups.
+INLINE float product_q4(const float *x, const float *y) {
+    return sum16(add16(mul16(load16(x), load16(y)), mul16(load16(x + 16), load16(y + 16))));
+}
+
+// The sum of squared errors of a group.
+INLINE float error_q4(const float *x, q4_group g) {
+    float error[32];
+    for (int i = 0; i < 32; i += LANES) v_store(error + i, (v_load(x + i) - g.base) - v_load(g.codes + i) * g.scale);
+    return product_q4(error, error);
+}
+
+// The scale and base with the least squared error for a group's codes, and new codes for these. Sums are those of
+// numbers less `start`.
+INLINE q4_group fit_q4(const float *x, q4_group g, float start) {
+    float moved[32];
+    for (int i = 0; i < 32; i += LANES) v_store(moved + i, v_load(x + i) - start);
+    float of_codes = sum16(add16(load16(g.codes), load16(g.codes + 16)));
+    float of_x = sum16(add16(load16(moved), load16(moved + 16)));
+    float spread = 32.0f * product_q4(g.codes, g.codes) - of_codes * of_codes;
+    float scale = 32.0f * product_q4(g.codes, moved) - of_codes * of_x;
+    scale = scale_q4(spread > 0.0f ? scale / spread : 0.0f);
+    return code_q4(x, scale, base_q4(start + (of_x - scale * of_codes) / 32.0f));
 }
 
 INLINE void encode_q4(const float *x, int8_t *codes, uint16_t *scale_at) {
@@ -90,15 +129,16 @@ INLINE void encode_q4(const float *x, int8_t *codes, uint16_t *scale_at) {
         low = x[i] < low ? x[i] : low;
         high = x[i] > high ? x[i] : high;
     }
-    float range = (high - low) / 15.0f, scale = round_f16(range < LARGEST ? range : LARGEST), largest = 0.0f;
+    float scale = scale_q4((high - low) / 15.0f), largest = 0.0f;
     for (int i = 0; i < 32; i += LANES) largest = largest_magnitude(v_larger(v_splat(largest), v_abs(v_load(x + i))));
     if (largest != largest) scale = largest;  // NaN
-    low = low < LARGEST ? low : LARGEST;
-    float base = round_f16(low > -LARGEST ? low : -LARGEST);
-    write_f16(scale_at, scale);
-    write_f16(scale_at + 1, base);
+    q4_group first = code_q4(x, scale, base_q4(low)), g = first;
+    for (int fit = 0; fit < FITS; fit++) g = fit_q4(x, g, first.base);
+    if (!(error_q4(x, g) < error_q4(x, first))) g = first;
+    write_f16(scale_at, g.scale);
+    write_f16(scale_at + 1, g.base);
     for (int i = 0; i < 16; i += LANES)
-        v_store_i8(codes + i, code_q4(x + i, base, scale) | code_q4(x + 16 + i, base, scale) << 4);
+        v_store_i8(codes + i, v_round(v_load(g.codes + i)) | v_round(v_load(g.codes + 16 + i)) << 4);
 }
 
 // Rotate by a Hadamard matrix, in place, in blocks of `size` numbers; 1 changes nothing.

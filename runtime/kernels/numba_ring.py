@@ -17,6 +17,7 @@ from .words import CACHED, TILE
 
 F32, F16, Q8, Q4 = range(4)
 LARGEST = np.float32(65504.0)  # of float16
+FITS = 2  # of scale and base of a q4 group
 CHUNK = 64  # numbers that are encoded at a time: a whole number of groups of every codec
 
 
@@ -167,22 +168,57 @@ def _group_q4(x, codes, scale_at):
     a, b = load_f32(x, 0), load_f32(x, 64)
     high = simd.max_lanes(simd.maximum(a, b))
     low = -simd.max_lanes(simd.maximum(a * np.float32(-1.0), b * np.float32(-1.0)))
-    scale = _round_f16(min((high - low) / np.float32(15.0), LARGEST))
+    scale, base = _scale_q4((high - low) / np.float32(15.0)), _base_q4(low)
     largest = simd.largest_magnitude(simd.larger_magnitude(simd.absolute(a), simd.absolute(b)))
     if largest != largest:  # NaN
         scale = largest
-    base = _round_f16(max(min(low, LARGEST), -LARGEST))
+    code_a, code_b = _code_q4(a, base, scale), _code_q4(b, base, scale)
+    fitted, moved, mine_a, mine_b = scale, base, code_a, code_b
+    for _ in range(FITS):
+        fitted, moved = _fit_q4(a, b, mine_a, mine_b, base)
+        mine_a, mine_b = _code_q4(a, moved, fitted), _code_q4(b, moved, fitted)
+    if _error_q4(a, b, mine_a, mine_b, moved, fitted) < _error_q4(a, b, code_a, code_b, base, scale):
+        scale, base, code_a, code_b = fitted, moved, mine_a, mine_b
     simd.write_f16(scale_at, 0, scale)
     simd.write_f16(scale_at, 2, base)
-    q = _code_q4(a, base, scale) | (_code_q4(b, base, scale) << 4)
-    simd.store_i32_as_i8(codes, 0, q)
+    simd.store_i32_as_i8(codes, 0, simd.round_to_i32(code_a) | (simd.round_to_i32(code_b) << 4))
+
+
+@njit(forceinline=True)
+def _scale_q4(scale):
+    return _round_f16(min(scale, LARGEST))
+
+
+@njit(forceinline=True)
+def _base_q4(base):
+    return _round_f16(max(min(base, LARGEST), -LARGEST))
 
 
 @njit(forceinline=True)
 def _code_q4(x, base, scale):
+    """Codes, as float32."""
     code = quotient(x - splat_f32(base), splat_f32(scale))
     code = simd.maximum(simd.minimum(code, splat_f32(np.float32(15.0))), splat_f32(np.float32(0.0)))
-    return simd.round_to_i32(code)
+    return simd.to_f32(simd.round_to_i32(code))
+
+
+@njit(forceinline=True)
+def _error_q4(a, b, code_a, code_b, base, scale):
+    """The sum of squared errors of a group, whose halves are a and b."""
+    a = (a - splat_f32(base)) - code_a * splat_f32(scale)
+    b = (b - splat_f32(base)) - code_b * splat_f32(scale)
+    return simd.sum_lanes(a * a + b * b)
+
+
+@njit(forceinline=True)
+def _fit_q4(a, b, code_a, code_b, start):
+    """Scale and base with the least squared error for these codes; sums are those of numbers less `start`."""
+    a, b, n = a - splat_f32(start), b - splat_f32(start), np.float32(32.0)
+    of_codes, of_x = simd.sum_lanes(code_a + code_b), simd.sum_lanes(a + b)
+    spread = n * simd.sum_lanes(code_a * code_a + code_b * code_b) - of_codes * of_codes
+    scale = n * simd.sum_lanes(code_a * a + code_b * b) - of_codes * of_x
+    scale = _scale_q4(scale / spread if spread > np.float32(0.0) else np.float32(0.0))
+    return scale, _base_q4(start + (of_x - scale * of_codes) / n)
 
 
 @njit(forceinline=True)

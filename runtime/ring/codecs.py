@@ -9,7 +9,11 @@ A vector is cut into groups, its last one filled with zeros.
 | q8 | 64 (32 where 64 does not divide the vector) | code * scale, code in -127..127, scale in f16 |
 | q4 | 32 | code * scale + base, code in 0..15, scale and base in f16 |
 
-Scales are one for each group, token and head, taken from the largest number (q4: the smallest and the largest).
+Scales are one for each group, token and head. That of q8 is taken from the largest number. Those of q4, and its bases,
+begin with the smallest and the largest number, which rounds none by more than half a step. Twice they are fitted to the
+codes by least squares and the codes are made anew, and what that gives is stored where the sum of squared errors is
+less: the ends of a group are few, and a smaller step helps all others.
+
 Before keys and values become q8 or q4 they are rotated by a Hadamard matrix, which spreads outliers over all numbers
 (QuaRot; Ashkboos et al., 2024). It is its own inverse, and leaves products of rotated queries and keys as they were.
 Codes of learned projections are not rotated.
@@ -31,6 +35,7 @@ from ..errors import CacheError
 CODECS = ("f32", "f16", "q8", "q4")
 BLOCK = 64  # slots that attention reads at a time; planes have a whole number of such blocks
 LARGEST = np.float32(65504)  # of float16
+FITS = 2  # of scale and base of a q4 group
 
 
 def base_of(sinks: int) -> int:
@@ -171,19 +176,24 @@ def _mirror(mean: np.ndarray) -> np.ndarray:
 
 
 def mirrored(x: np.ndarray, mirror: np.ndarray | None) -> np.ndarray:
-    """x - mirror (mirror . x), summed as kernels do: sixteen sums side by side, then a tree of halves.
+    """x - mirror (mirror . x)
 
     x: (heads, n, width) float32; mirror: (heads, width), width a multiple of 16; returns: as x
     """
     if mirror is None:
         return x
-    lanes = (x * mirror[:, None]).reshape(*x.shape[:2], -1, 16)
-    total = lanes[:, :, 0]
-    for i in range(1, lanes.shape[2]):
-        total = total + lanes[:, :, i]
-    while (half := total.shape[2] // 2) > 0:
-        total = total[:, :, :half] + total[:, :, half:]
-    return x - mirror[:, None] * total
+    return x - mirror[:, None] * _sum(x * mirror[:, None])[..., None]
+
+
+def _sum(x: np.ndarray) -> np.ndarray:
+    """Sum as kernels do: sixteen sums side by side, then a tree of halves. x: (..., 16 n) float32; returns: (...)"""
+    lanes = x.reshape(*x.shape[:-1], -1, 16)
+    total = lanes[..., 0, :]
+    for i in range(1, lanes.shape[-2]):
+        total = total + lanes[..., i, :]
+    while (half := total.shape[-1] // 2) > 0:
+        total = total[..., :half] + total[..., half:]
+    return total[..., 0]
 
 
 def hadamard(x: np.ndarray, size: int) -> np.ndarray:
@@ -210,11 +220,46 @@ def _quantize_q8(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _quantize_q4(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """x: (..., group) float32; returns: codes (..., group / 2) uint8; scales and bases (..., 2) float16"""
     low, high = x.min(axis=-1), x.max(axis=-1)
-    scales = np.minimum((high - low) / np.float32(15), LARGEST).astype(np.float16)
-    bases = np.clip(low, -LARGEST, LARGEST).astype(np.float16)
-    codes = np.clip(np.rint(_divided(x - bases.astype(np.float32)[..., None], scales)), 0, 15).astype(np.uint8)
-    half = codes.shape[-1] // 2
-    return codes[..., :half] | codes[..., half:] << 4, np.stack((scales, bases), axis=-1)
+    steps = _halves(((high - low) / np.float32(15), low))
+    codes = _codes_q4(x, steps)
+    fitted, mine = steps, codes
+    for _ in range(FITS):
+        fitted = _fit_q4(x, mine, steps[..., 1])
+        mine = _codes_q4(x, fitted)
+    better = (_error_q4(x, mine, fitted) < _error_q4(x, codes, steps))[..., None]
+    whole, half = np.where(better, mine, codes).astype(np.uint8), codes.shape[-1] // 2
+    return whole[..., :half] | whole[..., half:] << 4, np.where(better, fitted, steps).astype(np.float16)
+
+
+def _halves(steps: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    """Scales and bases, (...) float32, rounded to float16. returns: (..., 2) float32"""
+    limited = np.minimum(steps[0], LARGEST), np.clip(steps[1], -LARGEST, LARGEST)
+    return np.stack(limited, axis=-1).astype(np.float16).astype(np.float32)
+
+
+def _codes_q4(x: np.ndarray, steps: np.ndarray) -> np.ndarray:
+    """x: (..., group) float32; steps: (..., 2), scales and bases; returns: as x, whole numbers from 0 to 15"""
+    return np.clip(np.rint(_divided(x - steps[..., 1:], steps[..., 0])), 0, 15)
+
+
+def _error_q4(x: np.ndarray, codes: np.ndarray, steps: np.ndarray) -> np.ndarray:
+    """The sum of squared errors of each group. x, codes: (..., group) float32; steps: (..., 2)"""
+    error = (x - steps[..., 1:]) - codes * steps[..., :1]
+    return _sum(error * error)
+
+
+def _fit_q4(x: np.ndarray, codes: np.ndarray, start: np.ndarray) -> np.ndarray:
+    """Scales and bases with the least squared error for these codes; sums are those of x - start.
+
+    x, codes: (..., group) float32; start: (...); returns: (..., 2)
+    """
+    x, n = x - start[..., None], np.float32(x.shape[-1])
+    of_codes, of_x = _sum(codes), _sum(x)
+    spread = n * _sum(codes * codes) - of_codes * of_codes
+    scales = n * _sum(codes * x) - of_codes * of_x
+    scales = np.divide(scales, spread, out=np.zeros_like(spread), where=spread > 0)
+    scales = _halves((scales, start))[..., 0]
+    return _halves((scales, start + (of_x - scales * of_codes) / n))
 
 
 def _divided(x: np.ndarray, scales: np.ndarray) -> np.ndarray:
