@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from .container import TritFile
 
 FEATURE = "kv_modules"
-KEY_MEAN = ".kv.k.mean"  # what follows the layer's number; SPEC.md, section 6.2
+KEY_MEAN, KEY_BALANCE = KEY_FACTS = ".kv.k.mean", ".kv.k.balance"  # what follows the layer's number; SPEC.md, 6.2
+BALANCES = 2.0**-10, 2.0**10  # the least and the largest number of a balance
 SIDES = ("k", "v")
 ACTIVATIONS = ("gelu", "gelu_tanh")
 ROPE_ORDERS = ("before", "after")
@@ -104,9 +105,9 @@ def read_kv_modules(file: TritFile) -> list[KVModule]:
     Raises HeaderError, TensorError: each names the file, and the tensor where there is one.
     """
     section, config = file.header.get(FEATURE, []), file.config
-    means = [name for name in file.tensors if name.endswith(KEY_MEAN)]
+    facts = [name for name in file.tensors if name.endswith(KEY_FACTS)]
     for key in ("n_layers", "n_kv_heads", "head_dim"):
-        if (section or means) and not _is_size(config.get(key)):
+        if (section or facts) and not _is_size(config.get(key)):
             raise HeaderError(file.path, f"config {key} is {shown(config.get(key))}; expected a positive integer")
     modules = [_parse(line, i, config["n_layers"], file.path) for i, line in enumerate(section)]
     modules.sort(key=lambda m: (m.layer, m.side))
@@ -118,25 +119,38 @@ def read_kv_modules(file: TritFile) -> list[KVModule]:
         if (one.layer, one.side) == (other.layer, other.side):
             raise HeaderError(file.path, f"'{FEATURE}' has two modules for side {shown(one.side)} of layer {one.layer}")
     expected = module_tensors(modules, config) if modules else {}
-    if means:
-        every = {f"layers.{i}{KEY_MEAN}": (kv_width(config),) for i in range(config["n_layers"])}
-        expected |= {name: every[name] for name in means if name in every}
+    if facts:
+        every = {f"layers.{i}{fact}": (kv_width(config),) for i in range(config["n_layers"]) for fact in KEY_FACTS}
+        expected |= {name: every[name] for name in facts if name in every}
     _check_tensors(file, expected)
+    for name in facts:
+        values = _values(file, name)
+        if name.endswith(KEY_BALANCE) and not (BALANCES[0] <= values.min() and values.max() <= BALANCES[1]):
+            problem = f"has numbers from {values.min():.6g} to {values.max():.6g}; allowed are 2^-10 to 2^10"
+            raise TensorError(file.path, problem, name)
     return modules
 
 
-def read_key_means(file: TritFile) -> dict[int, npt.NDArray[np.float32]]:
-    """The means of keys that a file tells, once `read_kv_modules` has checked it.
+def read_key_facts(file: TritFile) -> dict[int, npt.NDArray[np.float32]]:
+    """What a file tells of keys, once `read_kv_modules` has checked it: their means (else 0) and balance (else 1).
 
-    returns: layer -> (n_kv_heads, head_dim) float32
+    returns: layer -> (2, n_kv_heads, head_dim) float32, of layers of which it tells something
     """
     found = {}
     for layer in range(file.config["n_layers"]):
-        tensor = file.tensors.get(f"layers.{layer}{KEY_MEAN}")
-        if tensor is not None:
-            mean = CODECS[tensor.codec].dequantize(tensor.parts, tensor.shape, tensor.params)
-            found[layer] = np.asarray(mean, np.float32).reshape(file.config["n_kv_heads"], -1)
+        names = [f"layers.{layer}{fact}" for fact in KEY_FACTS]
+        if any(name in file.tensors for name in names):
+            facts = np.repeat(np.array([[0], [1]], np.float32), kv_width(file.config), axis=1)
+            for row, name in zip(facts, names, strict=True):
+                if name in file.tensors:
+                    row[:] = _values(file, name)
+            found[layer] = facts.reshape(2, file.config["n_kv_heads"], -1)
     return found
+
+
+def _values(file: TritFile, name: str) -> npt.NDArray[np.float32]:
+    tensor = file.tensors[name]
+    return np.asarray(CODECS[tensor.codec].dequantize(tensor.parts, tensor.shape, tensor.params), np.float32)
 
 
 def _is_size(value: Any) -> bool:

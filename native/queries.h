@@ -42,7 +42,7 @@ static void pack_rows(words job, float *area, const float *source, float *target
         memset(row, 0, padded * 4);
         if (r >= tokens * group) continue;
         for (int64_t i = 0; i < head_dim; i++) row[i] = q[i] * scale;
-        turn(keys, kv_head, row, head_dim);
+        turn(keys, kv_head, row, head_dim, QUERY);
         if (keys[SD_SHARED])
             for (int64_t i = 0; i < head_dim; i++) shift[r] += row[i] * bias[i];
     }

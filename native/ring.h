@@ -3,6 +3,7 @@
 #include "jobs.h"
 
 enum { RING_F32, RING_F16, RING_Q8, RING_Q4 };
+enum { KEY = 1, QUERY };  // where the factors of each stand in Plane.mirror
 enum { LONGEST_HEAD = 512 };
 enum { CHUNK = 64 };  // numbers that are encoded at a time: a whole number of groups of every codec
 enum { FITS = 2 };  // of scale and base of a q4 group
@@ -162,11 +163,13 @@ static void hadamard(float *x, int64_t width, int64_t size) {
     for (int64_t i = 0; i < width; i++) x[i] *= scale;
 }
 
-// Mirror and rotate one vector, in place, as its side's are stored; where they are not, this changes nothing.
-INLINE void turn(words side, int64_t head, float *x, int64_t width) {
+// Balance, mirror and rotate one vector, in place, as its side's are stored; of what is not done to them, nothing.
+// which: KEY or QUERY
+INLINE void turn(words side, int64_t head, float *x, int64_t width, int which) {
     if (side[SD_MIRROR]) {
-        const float *normal = at(side[SD_MIRROR], head * width * 4);
+        const float *normal = at(side[SD_MIRROR], head * 3 * width * 4), *factors = normal + which * width;
         f32x16 total = splat16(0.0f);
+        for (int64_t i = 0; i < width; i += LANES) v_store(x + i, v_load(x + i) * v_load(factors + i));
         for (int64_t i = 0; i < width; i += 16) total = add16(total, mul16(load16(x + i), load16(normal + i)));
         float along = sum16(total);
         for (int64_t i = 0; i < width; i += LANES) v_store(x + i, v_load(x + i) - v_load(normal + i) * along);
@@ -180,7 +183,7 @@ static void encode(words side, int64_t head, int64_t row, const float *source) {
     int64_t width = side[SD_WIDTH], padded = side[SD_PADDED], size = side[SD_GROUP];
     if (side[SD_ROTATED] > 1) {
         memcpy(vector, source, width * 4);
-        turn(side, head, vector, width);
+        turn(side, head, vector, width, KEY);
         source = vector;
     }
     char *codes = at(side[SD_DATA], row * side[SD_CODE_BYTES]);

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 
 from formats import Tensor, TensorError, TritFile, dequantize, dequantize_rows, open_trit
-from formats.kv_modules import KVModule, read_key_means, read_kv_modules
+from formats.kv_modules import KVModule, read_key_facts, read_kv_modules
 from formats.sources.source import expected_tensors, shorten
 
 from .config import ModelConfig
@@ -105,7 +105,7 @@ class Model:
         check_tensors(file, config)
         self._threads, self._threads_batch = kernels.n_threads, n_threads_batch or kernels.n_threads
         self.file, self.config, self.kernels, self.kv = file, config, kernels, kv
-        self.modules, self.key_means = tuple(read_kv_modules(file)), read_key_means(file)
+        self.modules, self.key_facts = tuple(read_kv_modules(file)), read_key_facts(file)
         self.layers = [Layer(file, kernels, i, self.modules) for i in range(config.n_layers)]
         self.norm = dequantize(file.tensors["norm"])
         self.embeddings = file.tensors["tok_embeddings"]
@@ -156,7 +156,7 @@ class Model:
         kv = self.kv if kv == "auto" else kv
         codec = ("f16" if self.kernels.int8 else "f32") if kv == "auto" else kv
         chunk, sinks = min(n_batch, n_ctx), min(sinks, n_ctx - 1)
-        return KVRing(self.config, n_ctx, chunk, sinks, codec, self.modules, self.key_means)
+        return KVRing(self.config, n_ctx, chunk, sinks, codec, self.modules, self.key_facts)
 
     def forward(
         self,

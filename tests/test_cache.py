@@ -146,7 +146,7 @@ def test_a_ring_is_a_list(kind: str, steps: list[tuple[str, int]], capacity: int
 
 def squares_lost(x: np.ndarray, spread: float) -> tuple[np.ndarray, np.ndarray]:
     """Squared errors of each group of 32: as q4 stores it, and rounded between its ends. x: (n, 32) float32"""
-    plane = Plane("q4", 1, 32, len(x), learned=True)
+    plane = Plane("v", "q4", 1, 32, len(x), learned=True)
     plane.write(np.arange(len(x)), x)
     found = plane.read(np.arange(len(x)))[0].astype(np.float64)
     low = x.min(axis=1, keepdims=True).astype(np.float16).astype(np.float64)

@@ -11,7 +11,7 @@ import pytest
 
 from formats.container import open_trit
 from formats.conversion.convert import convert
-from formats.kv_modules import KVModule, read_key_means, read_kv_modules
+from formats.kv_modules import BALANCES, KVModule, read_key_facts, read_kv_modules
 from formats.sources.source import open_source
 from formats.writer import TritWriter
 from runtime import Llama
@@ -153,7 +153,7 @@ def test_keys(model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFix
         assert {(m.side, m.rope, m.rank) for m in read_kv_modules(file)} == {("k", "after", 4)}
 
 
-def test_means_of_keys_are_written_beside_projections_or_alone(
+def test_facts_of_keys_are_written_beside_projections_or_alone(
     model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = learn(capsys, model, text, tmp_path / "alone.trit", "--side", "none")
@@ -161,9 +161,13 @@ def test_means_of_keys_are_written_beside_projections_or_alone(
     learn(capsys, model, text, tmp_path / "beside.trit", "--rank", RANK, "--layers", "1")
     with open_trit(tmp_path / "alone.trit") as alone, open_trit(tmp_path / "beside.trit") as beside:
         assert "requires" not in alone.header and read_kv_modules(alone) == []
-        means = read_key_means(alone)
-        assert sorted(means) == [0, 1] and all(np.abs(mean).max() > 0 for mean in means.values())
-        assert all((mean == read_key_means(beside)[layer]).all() for layer, mean in means.items())
+        facts = read_key_facts(alone)
+        assert sorted(facts) == [0, 1] and all(np.abs(mean).max() > 0 for mean, _ in facts.values())
+        for _, balance in facts.values():
+            pairs = balance.reshape(len(balance), 2, -1)
+            assert (pairs[:, 0] == pairs[:, 1]).all() and np.allclose(np.log(balance).mean(axis=1), 0, atol=1e-5)
+            assert BALANCES[0] < balance.min() < 0.99 and 1.01 < balance.max() < BALANCES[1]
+        assert all((of_layer == read_key_facts(beside)[layer]).all() for layer, of_layer in facts.items())
     again = learn(capsys, tmp_path / "alone.trit", text, tmp_path / "again.trit", "--side", "none")
     assert again["output"] == str(tmp_path / "again.trit")
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from formats.kv_modules import BALANCES
 from runtime.config import ModelConfig
 from runtime.model import Model
 from runtime.ring.cache import KVRing
@@ -18,6 +19,7 @@ Floats = npt.NDArray[np.float32]
 Progress = Callable[[int, int, str], None]
 
 SINKS = 4  # first tokens of a window: their keys and values are like no others, and stand for themselves
+DAMPING = 0.05  # of the mean square of a head's numbers, added to each: other texts are a little different
 ROWS = 128  # tokens whose attention is computed at a time
 
 
@@ -60,6 +62,23 @@ class LayerMoments:
     keys: Moments
     values: Moments
     queries: list[Moments]
+
+    @property
+    def balance(self) -> Floats:
+        """What keys are multiplied by and queries divided, so that errors of all numbers matter alike.
+
+        In a group that is rounded with one step the product of both mean squares counts, which is least where they are
+        alike (as SmoothQuant does with weights; Xiao et al., 2023). The two numbers of a pair get the same, for RoPE
+        turns them into each other as positions go on. returns: (width,), geometric means of heads are 1
+        """
+        squares = np.stack([np.diag(q.second) for q in self.queries])
+        of_both = []
+        for one in (squares, np.diag(self.keys.covariance).reshape(squares.shape)):
+            pairs = one.reshape(len(one), 2, -1).mean(axis=1)
+            of_both.append(np.maximum(pairs + DAMPING * pairs.mean(axis=1, keepdims=True), np.finfo(np.float32).tiny))
+        wanted = np.log(of_both[0] / of_both[1]) / 4
+        wanted = np.exp(wanted - wanted.mean(axis=1, keepdims=True))
+        return np.tile(np.clip(wanted, *BALANCES), 2).astype(np.float32).ravel()
 
 
 def collect(

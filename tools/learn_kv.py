@@ -4,7 +4,7 @@ One pass over the text gathers covariances; encoders and decoders follow from th
 what reads them: of values, the output projection behind attention; of keys, the queries. Layers and ranks are chosen
 by the divergence that each layer's compression causes. All other tensors are carried over byte for byte.
 
-The means of the keys are written too: with them, keys are rounded better where they are stored as q4.
+The means and the balance of the keys are written too: with them, keys are rounded better where they are stored as q4.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 
 from formats.codecs import CODECS
 from formats.container import TritFile, dequantize
-from formats.kv_modules import FEATURE, KEY_MEAN, KVModule
+from formats.kv_modules import FEATURE, KEY_BALANCE, KEY_MEAN, KVModule
 from formats.writer import TritWriter
 from runtime import evaluate
 from runtime.cli import ArgumentParser, UserError, run
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-o", "--output", required=True, metavar="OUT.trit", help="the file to write")
     add("--overwrite", action="store_true", help="replace OUT.trit if it exists")
     add("--side", choices=("v", "k", "none"), default="v",
-        help="compress values (default) or keys; none: learn only the means of keys, for q4")  # fmt: skip
+        help="compress values (default) or keys; none: learn only what q4 wants to know of keys")  # fmt: skip
     add("--ratio", type=_share, metavar="F", help="share of the side's numbers to keep, over all layers (0.75)")
     add("--rank", type=positive, metavar="R", help="numbers to keep of each layer, instead of a rank for each layer")
     add("--layers", metavar="N", help="compress the N layers that bear it best, or these: 3,5,8-11")
@@ -141,9 +141,10 @@ def learn(task: Task, learning: Sequence[Ids], held_out: Sequence[Ids], args: ar
     """Do what the arguments say on a loaded model; returns what is told, with the modules under "learned"."""
     with Bar("reading", unit="window", lines=True) as bar:
         moments = collect(task.model, learning, bar)
-    means = {f"layers.{i}{KEY_MEAN}": one.keys.mean.astype(np.float32) for i, one in enumerate(moments)}
+    facts = {f"layers.{i}{KEY_MEAN}": one.keys.mean.astype(np.float32) for i, one in enumerate(moments)}
+    facts |= {f"layers.{i}{KEY_BALANCE}": one.balance for i, one in enumerate(moments)}
     if task.side == "none":
-        return {"side": "none", "layers": [], "ppl_increase": 0.0, "learned": [], "means": means}
+        return {"side": "none", "layers": [], "ppl_increase": 0.0, "learned": [], "facts": facts}
     layers = task.layers if isinstance(task.layers, list) else range(len(task.model.layers))
     fits = {layer: fit_layer(task, layer, moments[layer]) for layer in layers}
     del moments
@@ -167,16 +168,16 @@ def learn(task: Task, learning: Sequence[Ids], held_out: Sequence[Ids], args: ar
          "rank_alone": tried}
         for layer, rank in ranks.items()
     ]  # fmt: skip
-    return {"side": task.side, "layers": rows, "ppl_increase": increase, "learned": learned, "means": means}
+    return {"side": task.side, "layers": rows, "ppl_increase": increase, "learned": learned, "facts": facts}
 
 
 def write(
-    file: TritFile, learned: Sequence[Learned], means: Mapping[str, kv_fit.Floats], path: str, overwrite: bool
+    file: TritFile, learned: Sequence[Learned], facts: Mapping[str, kv_fit.Floats], path: str, overwrite: bool
 ) -> None:
-    """Write a model with these modules and means of keys; its other tensors are carried over byte for byte."""
+    """Write a model with these modules and facts of keys; its other tensors are carried over byte for byte."""
     ordered = sorted(learned, key=lambda one: (one.module.layer, one.module.side))
     tensors = {name: entry for one in ordered for name, entry in one.tensors().items()}
-    tensors |= {name: (mean.shape, *CODECS[CODEC].quantize(mean)) for name, mean in means.items()}
+    tensors |= {name: (values.shape, *CODECS[CODEC].quantize(values)) for name, values in facts.items()}
     header = {key: value for key, value in file.header.items() if key != "tensors"}
     if ordered:
         header |= {FEATURE: [one.module.to_dict() for one in ordered], "requires": [FEATURE]}
@@ -224,7 +225,7 @@ def check(args: argparse.Namespace, model: Model) -> Task:
     except ValueError as exc:
         raise UserError(f"--layers {args.layers}: give a number, or layers as in 3,5,8-11 ({exc})") from exc
     codec = side_codecs(model.new_cache(2).codec)[0 if args.side == "k" else 1]
-    group = Plane(code_codec(codec, width // 2), 1, width // 2, 1, learned=True).group
+    group = Plane(args.side, code_codec(codec, width // 2), 1, width // 2, 1, learned=True).group
     step = min(group, max(1, width // 8))  # codes are stored in whole groups
     return Task(model, args.side, width, step, layers, args.rank, args.kv)
 
@@ -232,7 +233,7 @@ def check(args: argparse.Namespace, model: Model) -> Task:
 def show(found: dict[str, Any]) -> None:
     """Print a result for people."""
     if not found["layers"]:
-        print(f"{found['output']}: has the means of its keys, with which --kv q4 rounds them better")
+        print(f"{found['output']}: tells of its keys what --kv q4 rounds them better with")
         return
     print("| layer | rank | variance kept | KL alone | bytes per token |")
     print("|---|---|---|---|---|")
@@ -254,12 +255,13 @@ def command(argv: Sequence[str]) -> int:
         task = check(args, model)
         found = learn(task, *windows_of(model, args), args)
         learned = found.pop("learned")
-        write(model.file, learned, found.pop("means"), args.output, args.overwrite)
+        write(model.file, learned, found.pop("facts"), args.output, args.overwrite)
         codec, modules = model.new_cache(2).codec, [one.module for one in learned]
         sizes = [kv_bytes_per_token(model.config, codec, some) for some in ([], modules)]
         of_side = side_codecs(codec)[0 if task.side == "k" else 1]
         for row in found["layers"]:
-            row["bytes"] = Plane(code_codec(of_side, row["rank"]), 1, row["rank"], 1, learned=True).nbytes
+            plane = Plane(task.side, code_codec(of_side, row["rank"]), 1, row["rank"], 1, learned=True)
+            row["bytes"] = plane.code_bytes + plane.scale_bytes
         found |= {"width": task.width, "kv": codec, "bytes_per_token": sizes, "output": args.output}
     finally:
         model.close()

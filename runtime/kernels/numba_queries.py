@@ -12,7 +12,7 @@ from . import simd
 from . import words as w
 from .compiling import BARE
 from .numba_math import word
-from .numba_ring import Q8, is_sliding, turn
+from .numba_ring import Q8, QUERY, is_sliding, turn
 from .numba_tiles import dots
 from .simd import load_f32, read_f32, splat_f32, write_f32
 
@@ -45,7 +45,7 @@ def _pack_rows(job, area, source, target, shift, kv_head, first, tokens):
             write_f32(row, i * 4, x)
             if absorbed:
                 constant += x * read_f32(bias, i * 4)
-        turn(keys, kv_head, row, head_dim)
+        turn(keys, kv_head, row, head_dim, QUERY)
         write_f32(shift, r * 4, constant)
     if absorbed:
         matrix = word(keys, w.SD_OUTPUT) + kv_head * seen * padded * 4

@@ -16,6 +16,7 @@ from .simd_tiles import butterfly1, butterfly2, butterfly4, butterfly8, byte_of_
 from .words import CACHED, TILE
 
 F32, F16, Q8, Q4 = range(4)
+KEY, QUERY = 1, 2  # where the factors of each stand in Plane.mirror
 LARGEST = np.float32(65504.0)  # of float16
 FITS = 2  # of scale and base of a q4 group
 CHUNK = 64  # numbers that are encoded at a time: a whole number of groups of every codec
@@ -120,12 +121,18 @@ def hadamard(x, width, size):
 
 
 @njit(**BARE)
-def turn(side, head, x, width):
-    """Mirror and rotate one vector, in place, as its side's are stored; where they are not, this changes nothing."""
+def turn(side, head, x, width, which):
+    """Balance, mirror and rotate one vector, in place, as its side's are stored; of what is not done to them, nothing.
+
+    which: KEY or QUERY
+    """
     if word(side, w.SD_MIRROR):
-        normal, total = word(side, w.SD_MIRROR) + head * width * 4, splat_f32(np.float32(0.0))
+        normal, total = word(side, w.SD_MIRROR) + head * 3 * width * 4, splat_f32(np.float32(0.0))
+        factors = normal + which * width * 4
         for i in range(0, width * 4, 64):
-            total = total + load_f32(x, i) * load_f32(normal, i)
+            balanced = load_f32(x, i) * load_f32(factors, i)
+            store_f32(x, i, balanced)
+            total = total + balanced * load_f32(normal, i)
         along = splat_f32(simd.sum_lanes(total))
         for i in range(0, width * 4, 64):
             store_f32(x, i, load_f32(x, i) - load_f32(normal, i) * along)
@@ -280,7 +287,7 @@ def _store(side, slots, head, slot, source, scratch):
     if word(side, w.SD_ROTATED) > 1:
         for i in range(0, width * 4, 4):
             simd.write_f32(vector, i, read_f32(source, i))
-        turn(side, head, vector, width)
+        turn(side, head, vector, width, KEY)
         source = vector
     for start in range(0, padded, CHUNK):
         count = min(CHUNK, padded - start)

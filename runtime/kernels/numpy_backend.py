@@ -10,7 +10,7 @@ import numpy as np
 from formats import Tensor, dequantize
 
 from ..ring.cache import KVRing
-from ..ring.codecs import Plane, hadamard, mirrored
+from ..ring.codecs import Plane
 from .base import GROUP, Decoders, Turns, stays_codes, takes_int8
 
 
@@ -34,9 +34,9 @@ def round_queries(x: np.ndarray, keys: Plane) -> np.ndarray:
 
     x: (n_kv_heads, ..., head_dim) float32; returns: as x
     """
-    rows = hadamard(mirrored(x.reshape(len(x), -1, keys.width), keys.mirror), keys.rotated)
+    rows = keys.turn(x.reshape(len(x), -1, keys.width), queries=True)
     rounded = quantize_activations(rows.reshape(-1, keys.width), keys.group).reshape(rows.shape)
-    return mirrored(hadamard(rounded, keys.rotated), keys.mirror).reshape(x.shape)
+    return keys.turn_back(rounded, queries=True).reshape(x.shape)
 
 
 def level_codes(levels: np.ndarray) -> tuple[np.ndarray, np.float32]:

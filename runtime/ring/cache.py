@@ -37,7 +37,7 @@ class KVRing:
     capacity: tokens visible to one query; chunk: most tokens appended in one step; sinks: first tokens that stay.
     codec: how numbers are stored (see codecs.py), one for all or "k=CODEC,v=CODEC"
     modules: the model's learned projections; where one is, the ring stores its codes
-    key_means: layer -> (n_kv_heads, head_dim) float32, means of its keys where they are known
+    key_facts: layer -> (2, n_kv_heads, head_dim) float32, where known: the means of its keys, and their balance
     Raises CacheError if the numbers do not fit together.
     """
 
@@ -49,7 +49,7 @@ class KVRing:
         sinks: int = 4,
         codec: str = "f16",
         modules: Sequence[KVModule] = (),
-        key_means: Mapping[int, np.ndarray] = MappingProxyType({}),
+        key_facts: Mapping[int, np.ndarray] = MappingProxyType({}),
     ) -> None:
         codecs = dict(zip("kv", side_codecs(codec), strict=True))
         if capacity < 2:
@@ -57,7 +57,7 @@ class KVRing:
         if chunk < 1:
             raise CacheError(f"a chunk has {chunk} tokens; it must have 1 or more")
         self.config, self.capacity, self.chunk, self.modules = config, capacity, chunk, tuple(modules)
-        self.key_means = key_means
+        self.key_facts = key_facts
         self.clock = np.zeros(2, np.int64)  # length and sinks, where compiled kernels read them
         self.codec, self.length, self.sinks = codec, 0, sinks
         self.oldest = 0  # from this position on everything is still stored; it stays when tokens are taken back
@@ -69,8 +69,8 @@ class KVRing:
         def plane(layer: int, side: str) -> Plane:
             rank = ranks.get((layer, side))
             if rank is None:
-                mean = key_means.get(layer) if side == "k" else None
-                return Plane(side, codecs[side], config.n_kv_heads, config.head_dim, self.slots, mean=mean)
+                facts = key_facts.get(layer) if side == "k" else None
+                return Plane(side, codecs[side], config.n_kv_heads, config.head_dim, self.slots, facts=facts)
             return Plane(side, code_codec(codecs[side], rank), 1, rank, self.slots, learned=True)
 
         self.layers = [RingLayer(plane(i, "k"), plane(i, "v")) for i in range(config.n_layers)]
@@ -185,7 +185,7 @@ class KVRing:
 
     def copy(self) -> KVRing:
         """A ring of its own with the same tokens: what is done to the one is not seen in the other."""
-        other = KVRing(self.config, self.capacity, self.chunk, self.sinks, self.codec, self.modules, self.key_means)
+        other = KVRing(self.config, self.capacity, self.chunk, self.sinks, self.codec, self.modules, self.key_facts)
         for theirs, mine in zip(other.planes, self.planes, strict=True):
             for to, source in zip(theirs.arrays, mine.arrays, strict=True):
                 used = -(-min(self.length, self.slots) // source.shape[2])

@@ -20,7 +20,9 @@ Codes of learned projections are not rotated.
 
 Keys have a mean, far from zero, that says nothing: it shifts all scores of a query alike. Where it is known (SPEC.md,
 6.2), keys that become q4, and queries, are first mirrored so that the mean falls on the first axis. The rotation turns
-that into a constant, which the base of a group takes up, so that codes are left for what differs.
+that into a constant, which the base of a group takes up, so that codes are left for what differs. Before that, keys are
+multiplied by their balance, where that is known, and queries divided by it: numbers that queries look at closely are
+then rounded in smaller steps, at the cost of those that they hardly see.
 """
 
 from __future__ import annotations
@@ -69,7 +71,8 @@ class Plane:
     """For each slot of the ring `heads` vectors of `width` numbers: the keys or the values of one layer.
 
     rotated: numbers in one block of the Hadamard rotation, the largest power of two that divides width; 1 for none
-    mirror: (heads, width) float32, or None; vectors x are stored as x - mirror (mirror . x), its own inverse
+    mirror: (heads, 3, width) float32, or None: of each head the normal of its mirror, what keys are multiplied by, and
+    what queries are
     codes: of one vector float32, float16, int8, or uint8 with two codes in a byte: of each group's 16 bytes, byte i
     holds code i in its lower and code i + 16 in its upper half
     scales: of one vector (groups,) float16 for q8, (groups, 2) for q4 with scale and base, else none
@@ -89,17 +92,19 @@ class Plane:
         width: int,
         slots: int,
         learned: bool = False,
-        mean: np.ndarray | None = None,
+        facts: np.ndarray | None = None,
     ) -> None:
-        """side: "k" or "v"; learned: it stores the codes of a learned projection; mean: (heads, width), what vectors
-        scatter about; slots: rounded up to whole blocks"""
+        """side: "k" or "v"; learned: it stores the codes of a learned projection; slots: rounded up to whole blocks
+
+        facts: (2, heads, width) float32, of keys: the means that they scatter about, and their balance
+        """
         self.side, self.codec, self.heads, self.width = side, codec, heads, width
         self.slots = -(-slots // BLOCK) * BLOCK
         self.rotated = width & -width if codec in ("q8", "q4") and not learned else 1
         self.group = {"f32": 16, "f16": 16, "q8": 32 if width % 64 else 64, "q4": 32}[codec]
         # The base is a group's: other groups than whole blocks of the rotation would not see a constant.
         whole = codec == "q4" and self.rotated == width and width % self.group == 0
-        self.mirror = None if mean is None or not whole else _mirror(mean)
+        self.mirror = None if facts is None or not whole else _mirror(*facts)
         groups = -(-width // self.group)
         self.padded = groups * self.group
         dtype = {"f32": np.float32, "f16": np.float16, "q8": np.int8, "q4": np.uint8}[codec]
@@ -131,7 +136,7 @@ class Plane:
         """Store vectors. slots: (n,) integer; vectors: (n, heads * width) float32"""
         x = np.zeros((self.heads, len(slots), self.padded), np.float32)
         given = vectors.reshape(len(slots), self.heads, self.width).transpose(1, 0, 2)
-        x[:, :, : self.width] = hadamard(mirrored(given, self.mirror), self.rotated)
+        x[:, :, : self.width] = self.turn(given)
         if self.codec in ("f32", "f16"):
             put_rows(self._codes, slots, np.clip(x, -LARGEST, LARGEST) if self.codec == "f16" else x)
             return
@@ -151,8 +156,23 @@ class Plane:
             x = groups * scales
         else:
             x = np.concatenate((groups & 15, groups >> 4), axis=3) * scales[..., :1] + scales[..., 1:]
-        x = x.reshape(*codes.shape[:2], self.padded)[:, :, : self.width]
-        return mirrored(hadamard(x, self.rotated), self.mirror)
+        return self.turn_back(x.reshape(*codes.shape[:2], self.padded)[:, :, : self.width])
+
+    def turn(self, x: np.ndarray, queries: bool = False) -> np.ndarray:
+        """Balance, mirror and rotate vectors as they are stored, or queries so that products with these are as before.
+
+        x: (heads, n, width) float32; returns: as x
+        """
+        if self.mirror is not None:
+            x = mirrored(x * self.mirror[:, 2 if queries else 1, None], self.mirror[:, 0])
+        return hadamard(x, self.rotated)
+
+    def turn_back(self, x: np.ndarray, queries: bool = False) -> np.ndarray:
+        """Undo `turn`."""
+        x = hadamard(x, self.rotated)
+        if self.mirror is None:
+            return x
+        return mirrored(x, self.mirror[:, 0]) * self.mirror[:, 1 if queries else 2, None]
 
 
 def rows(tiles: np.ndarray, slots: np.ndarray) -> np.ndarray:
@@ -167,22 +187,24 @@ def put_rows(tiles: np.ndarray, slots: np.ndarray, given: np.ndarray) -> None:
     tiles[:, slots // tiles.shape[2], slots % tiles.shape[2]] = given.reshape(shape)
 
 
-def _mirror(mean: np.ndarray) -> np.ndarray:
-    """What swaps a mean's direction and the first axis (Householder, 1958). mean, returned: (heads, width) float32"""
+def _mirror(mean: np.ndarray, balance: np.ndarray) -> np.ndarray:
+    """What swaps the balanced mean's direction and the first axis (Householder, 1958), and the factors before it.
+
+    mean, balance: (heads, width) float32; returns: (heads, 3, width)
+    """
+    mean = mean * balance
     normal = mean / np.maximum(np.linalg.norm(mean, axis=1, keepdims=True), np.finfo(np.float32).tiny)
     normal[:, 0] -= np.where(mean.any(axis=1), 1, 0)
     normal *= np.sqrt(2) / np.maximum(np.linalg.norm(normal, axis=1, keepdims=True), np.finfo(np.float32).tiny)
-    return np.ascontiguousarray(normal, np.float32)
+    return np.stack((normal, balance, 1 / balance), axis=1).astype(np.float32)
 
 
-def mirrored(x: np.ndarray, mirror: np.ndarray | None) -> np.ndarray:
-    """x - mirror (mirror . x)
+def mirrored(x: np.ndarray, normal: np.ndarray) -> np.ndarray:
+    """x - normal (normal . x), its own inverse.
 
-    x: (heads, n, width) float32; mirror: (heads, width), width a multiple of 16; returns: as x
+    x: (heads, n, width) float32; normal: (heads, width), width a multiple of 16; returns: as x
     """
-    if mirror is None:
-        return x
-    return x - mirror[:, None] * _sum(x * mirror[:, None])[..., None]
+    return x - normal[:, None] * _sum(x * normal[:, None])[..., None]
 
 
 def _sum(x: np.ndarray) -> np.ndarray:

@@ -152,4 +152,4 @@ def _nbytes(tiles: np.ndarray, slots: np.ndarray) -> int:
 
 
 def _as_bytes(array: np.ndarray) -> memoryview:
-    return memoryview(array.reshape(-1).view(np.uint8))
+    return array.reshape(-1).view(np.uint8).data
