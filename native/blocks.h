@@ -9,58 +9,42 @@ INLINE float *in(float *area, int64_t offset) { return area + offset / 4; }
 
 typedef struct { const uint8_t *codes; const uint16_t *scales; } lines_of_block;
 
-// Copy the rows low - block .. high - block - 1 of a block; the others, and one after the last, become zeros.
-static lines_of_block copy_lines(words job, words side, float *area, int64_t head, int64_t block, int64_t low, int64_t high) {
-    int64_t code_bytes = side[SD_CODE_BYTES], scale_bytes = side[SD_SCALE_BYTES], slot = slot_of(job, low);
-    uint8_t *codes = (uint8_t *)in(area, job[AT_LINES]), *scales = codes + (CACHED + 1) * code_bytes;
-    memset(codes, 0, (CACHED + 1) * code_bytes + CACHED * scale_bytes);
-    for (int64_t k = low - block; k < high - block; k++) {
-        int64_t row = head * job[AT_SLOTS] + slot;
-        memcpy(codes + k * code_bytes, at(side[SD_DATA], row * code_bytes), code_bytes);
-        if (scale_bytes) memcpy(scales + k * scale_bytes, at(side[SD_SCALES], row * scale_bytes), scale_bytes);
-        slot = slot + 1 < job[AT_SLOTS] ? slot + 1 : clock_of(job, SINKS);
-    }
-    return (lines_of_block){codes, (const uint16_t *)scales};
+// Of a block's tokens those that are seen: from start to before stop.
+typedef struct { int64_t start, stop; } sight;
+
+// The codes and scales of a block, of which not all may be there. A block lies in the ring in one piece.
+INLINE lines_of_block find_lines(words job, words side, int64_t head, int64_t block) {
+    int64_t slot = slot_of(job, block);
+    return (lines_of_block){(const uint8_t *)codes_at(job, side, head, slot), scales_at(job, side, head, slot)};
 }
 
-// The codes and scales of a block, of which positions low .. high - 1 are wanted. Sixteen bytes after its last row may
-// be read.
-static lines_of_block find_lines(words job, words side, float *area, int64_t head, int64_t block, int64_t low, int64_t high) {
-    int64_t slot = slot_of(job, low), row = head * job[AT_SLOTS] + slot;
-    if (low > block || high < block + CACHED || slot + CACHED >= job[AT_SLOTS])
-        return copy_lines(job, side, area, head, block, low, high);
-    return (lines_of_block){at(side[SD_DATA], row * side[SD_CODE_BYTES]), at(side[SD_SCALES], row * side[SD_SCALE_BYTES])};
+// Ask for bytes that will be read in one block's time: a few lines at once, or the CPU waits until all are there, and
+// in the order of their addresses, which the hardware goes on with. They go to the second cache: what waits for memory
+// in the nearest is soon too much.
+INLINE void ask_early(const void *bytes, int64_t count) {
+    for (int64_t i = 0; i < count; i += 64) __builtin_prefetch((const char *)bytes + i, 0, 2);
 }
 
-// Ask for a line of each of `count` rows a block later: few at a time, or the CPU waits until all are there.
-INLINE void ask_for_rows(const uint8_t *codes, int64_t stride, int count) {
-    UNROLL for (int i = 0; i < count; i++) __builtin_prefetch(codes + (CACHED + i) * stride);
+// x in lanes start .. stop - 1 of the LANES from `lane` on, `other` in the rest.
+INLINE vf keep_lanes(vf x, int64_t lane, sight seen, float other) {
+    int32_t numbers[LANES];
+    for (int i = 0; i < LANES; i++) numbers[i] = i;
+    vi number = v_load_i32(numbers) + (int32_t)lane;
+    vi inside = (vi)(number >= (int32_t)seen.start) & (vi)(number < (int32_t)seen.stop);
+    return (vf)((inside & (vi)x) | (~inside & (vi)v_splat(other)));
 }
 
-// LANES rows of n halves, without gaps, as columns of floats, CACHED apart.
-INLINE void spread_f16(int n, const uint16_t *source, float *out) {
-    vf v[8], next[8];
-    UNROLL for (int i = 0; i < n; i++) v[i] = v_load_f16(source + i * LANES);
-    UNROLL for (int step = n; step > 1; step /= 2) {  // each time the lowest bit of a number's place becomes the highest
-        UNROLL for (int i = 0; i < n / 2; i++) v_unzip(v[2 * i], v[2 * i + 1], &next[i], &next[n / 2 + i]);
-        UNROLL for (int i = 0; i < n; i++) v[i] = next[i];
-    }
-    UNROLL for (int i = 0; i < n; i++) v_store(out + i * CACHED, v[i]);
-}
-
-// Scales (CACHED, n) as (n, CACHED) floats; q4 has scale and base for each group.
-static void spread_scales(words side, const uint16_t *scales, float *units) {
+// Scales of a block as (n, CACHED) floats, zero but for tokens that are seen; q4 has scale and base for each group.
+static void spread_scales(words side, const uint16_t *scales, sight seen, float *units) {
     int64_t n = side[SD_SCALE_BYTES] / 2;
-    ask_for((const uint8_t *)(scales + n * CACHED), 2 * n * CACHED);
-    for (int64_t k = 0; k < CACHED; k += LANES) {
-        const uint16_t *source = scales + k * n;
-        if (n == 1) spread_f16(1, source, units + k);
-        else if (n == 2) spread_f16(2, source, units + k);
-        else if (n == 4) spread_f16(4, source, units + k);
-        else if (n == 8) spread_f16(8, source, units + k);
-        else
-            for (int64_t i = 0; i < LANES * n; i++) units[i % n * CACHED + k + i / n] = v_read_f16(source + i);
-    }
+    int whole = seen.start == 0 && seen.stop == CACHED;
+    ask_early(scales + n * CACHED, n * CACHED * 2);
+    for (int64_t k = 0; k < CACHED; k += TILE)
+        for (int64_t i = 0; i < n; i++, scales += TILE)
+            UNROLL for (int64_t p = 0; p < TILE; p += LANES) {
+                vf x = v_load_f16(scales + p);
+                v_store(units + i * CACHED + k + p, whole ? x : keep_lanes(x, k + p, seen, 0.0f));
+            }
 }
 
 // ==== Decoded ====
@@ -94,10 +78,8 @@ static void activate(float *x, int64_t n, int exact) {
 // Rotate decoded keys for their positions.
 static void rotate_rows(words job, words side, int64_t first, int64_t count, float *x, int64_t stride) {
     int64_t slot = slot_of(job, first), turn = job[AT_HEAD_DIM] * 2;
-    for (int64_t i = 0; i < count; i++, x += stride) {
+    for (int64_t i = 0; i < count; i++, slot++, x += stride)
         rotate(x, x, at(side[SD_COS], slot * turn), at(side[SD_SIN], slot * turn), job[AT_HEAD_DIM]);
-        slot = slot + 1 < job[AT_SLOTS] ? slot + 1 : clock_of(job, SINKS);
-    }
 }
 
 // Whether a side's halves are best converted while they are multiplied: few rows use them.

@@ -9,7 +9,7 @@
 enum codec { F32, F16, BF16, Q8, NF4, NF4_NESTED };
 
 enum { NESTED_BLOCKS = 256 };        // NF4 blocks whose scales share one nested scale
-enum { TILE = 4, PIECE = 512 };      // rows that are computed together; columns that are expanded at a time
+enum { STRIP = 4, PIECE = 512 };      // rows that are computed together; columns that are expanded at a time
 enum { WIDE = LANES == 8 ? 2 : 4 };  // tokens that are computed together, as registers allow
 
 // A matrix's codec and how its values are rounded are constants wherever this is inlined.
@@ -64,12 +64,12 @@ INLINE float load1(source w, int64_t flat) {
 }
 
 // Four rows, from `first` on; `last` is repeated if fewer are left. start: the number of each row's first weight.
-typedef struct { int64_t first, last, width, whole, start[TILE]; } rows;
+typedef struct { int64_t first, last, width, whole, start[STRIP]; } rows;
 
 // Add the lanes of one token's four rows, and the columns from `whole` on, and write the outputs.
-INLINE void finish(source w, words job, rows r, int64_t token, const f32x16 sum[TILE]) {
+INLINE void finish(source w, words job, rows r, int64_t token, const f32x16 sum[STRIP]) {
     const float *x = at(job[PADDED], token * job[PADDED_STRIDE]);
-    for (int i = 0; i < TILE && r.first + i <= r.last; i++) {
+    for (int i = 0; i < STRIP && r.first + i <= r.last; i++) {
         float rest = 0.0f;
         for (int64_t k = r.whole; k < r.width; k++) rest += load1(w, r.start[i] + k) * x[k];
         emit(job, w.matrix, token, r.first + i, sum16(sum[i]) + rest);
@@ -79,9 +79,9 @@ INLINE void finish(source w, words job, rows r, int64_t token, const f32x16 sum[
 // One token, straight from the packed weights.
 INLINE void one_token(source w, words job, rows r, int64_t token) {
     const float *x = at(job[PADDED], token * job[PADDED_STRIDE]);
-    f32x16 sum[TILE] = {0};
+    f32x16 sum[STRIP] = {0};
     for (int64_t k = 0; k < r.whole; k += 32)
-        UNROLL for (int i = 0; i < TILE; i++) {
+        UNROLL for (int i = 0; i < STRIP; i++) {
             vf weights[2 * PARTS];
             load32(w, r.start[i] + k, weights);
             UNROLL for (int p = 0; p < 2 * PARTS; p++)
@@ -90,22 +90,22 @@ INLINE void one_token(source w, words job, rows r, int64_t token) {
     finish(w, job, r, token, sum);
 }
 
-typedef float piece[TILE][PIECE];
+typedef float piece[STRIP][PIECE];
 
 // Add the products of a piece's columns to `count` tokens' sums, one part of the sixteen lanes after the other.
-INLINE void add_piece(const piece weights, int64_t columns, const float *x, int64_t stride, int count, f32x16 (*sum)[TILE]) {
+INLINE void add_piece(const piece weights, int64_t columns, const float *x, int64_t stride, int count, f32x16 (*sum)[STRIP]) {
     for (int p = 0; p < PARTS; p++) {
-        vf acc[WIDE][TILE];
+        vf acc[WIDE][STRIP];
         UNROLL for (int t = 0; t < count; t++)
-            UNROLL for (int i = 0; i < TILE; i++) acc[t][i] = sum[t][i].v[p];
+            UNROLL for (int i = 0; i < STRIP; i++) acc[t][i] = sum[t][i].v[p];
         for (int64_t k = p * LANES; k < columns; k += 16) {
             UNROLL for (int t = 0; t < count; t++) {
                 vf inputs = v_load((const float *)((const char *)(x + k) + t * stride));
-                UNROLL for (int i = 0; i < TILE; i++) acc[t][i] = v_fma(v_load(&weights[i][k]), inputs, acc[t][i]);
+                UNROLL for (int i = 0; i < STRIP; i++) acc[t][i] = v_fma(v_load(&weights[i][k]), inputs, acc[t][i]);
             }
         }
         UNROLL for (int t = 0; t < count; t++)
-            UNROLL for (int i = 0; i < TILE; i++) sum[t][i].v[p] = acc[t][i];
+            UNROLL for (int i = 0; i < STRIP; i++) sum[t][i].v[p] = acc[t][i];
     }
 }
 
@@ -114,12 +114,12 @@ enum { MANY = 64 };  // tokens whose sums are kept at a time
 // Tokens first .. first + count - 1, from pieces of the four rows expanded to float32.
 INLINE void many_tokens(source w, words job, rows r, int64_t first, int count) {
     _Alignas(64) piece weights;
-    f32x16 sum[MANY][TILE];
+    f32x16 sum[MANY][STRIP];
     memset(sum, 0, count * sizeof sum[0]);
     int64_t stride = job[PADDED_STRIDE];
     for (int64_t start = 0; start < r.whole; start += PIECE) {
         int64_t columns = min_of(PIECE, r.whole - start);
-        for (int i = 0; i < TILE; i++)
+        for (int i = 0; i < STRIP; i++)
             for (int64_t k = 0; k < columns; k += 32) {
                 vf some[2 * PARTS];
                 load32(w, r.start[i] + start + k, some);
@@ -139,10 +139,10 @@ INLINE void dense_rows(int codec, int rounding, words job, words matrix, int64_t
     int64_t n = job[N], width = codec == Q8 ? (job[WIDTH] + 31) / 32 * 32 : job[WIDTH];
     int64_t whole = codec >= NF4 && width % 32 ? 0 : width / 32 * 32;  // nf4 blocks do not end with the rows
     int64_t stop = last_row(matrix, unit);
-    for (int64_t row = first_row(matrix, unit); row < stop; row += TILE) {
+    for (int64_t row = first_row(matrix, unit); row < stop; row += STRIP) {
         rows r = {row, stop - 1, width, whole, {0}};
-        for (int i = 0; i < TILE; i++) r.start[i] = min_of(row + i, stop - 1) * width;
-        if (n < TILE)
+        for (int i = 0; i < STRIP; i++) r.start[i] = min_of(row + i, stop - 1) * width;
+        if (n < STRIP)
             for (int64_t token = 0; token < n; token++) one_token(w, job, r, token);
         else
             for (int64_t first = 0; first < n; first += MANY)

@@ -31,10 +31,14 @@ static void rotate(const float *source, float *target, const float *cos, const f
     }
 }
 
-// Rotate one token's queries and keys in place.
-//
-// Once tokens have slid out, the queries are also rotated for a position that is nearer by as many tokens: with these
-// the sinks are read, so that they stay as close as they would be in a context without the lost tokens.
+// The new tokens of one tile of the ring: what two threads write does not share cache lines.
+typedef struct { int64_t first, stop; } stretch;
+
+INLINE stretch tokens_of(words job, int64_t unit) {
+    int64_t before = clock_of(job, LENGTH) % TILE;
+    return (stretch){max_of(unit * TILE - before, 0), min_of((unit + 1) * TILE - before, job[AT_N])};
+}
+
 INLINE void rope_token(words job, int64_t token) {
     int64_t head_dim = job[AT_HEAD_DIM], row = head_dim * 4, turn = head_dim * 2 * token;
     const float *cos = at(job[AT_COS], turn), *sin = at(job[AT_SIN], turn);
@@ -51,13 +55,36 @@ INLINE void rope_token(words job, int64_t token) {
     }
 }
 
-// ==== Encoding ====
-
-// The ring slot of a position: sinks keep theirs, the others go round.
-INLINE int64_t slot_of(words job, int64_t position) {
-    int64_t sinks = clock_of(job, SINKS);
-    return position < sinks ? position : sinks + (position - sinks) % (job[AT_SLOTS] - sinks);
+// Rotate the queries and keys of one tile's new tokens in place.
+//
+// Once tokens have slid out, the queries are also rotated for a position that is nearer by as many tokens: with these
+// the sinks are read, so that they stay as close as they would be in a context without the lost tokens.
+static void rope_tile(words job, int64_t unit) {
+    stretch tokens = tokens_of(job, unit);
+    for (int64_t token = tokens.first; token < tokens.stop; token++) rope_token(job, token);
 }
+
+// ==== Where it lies ====
+
+// The ring slot of a position: blocks with sinks stay as they are, the others go round.
+INLINE int64_t slot_of(words job, int64_t position) {
+    int64_t base = (clock_of(job, SINKS) + CACHED - 1) / CACHED * CACHED;
+    return position < base ? position : base + (position - base) % (job[AT_SLOTS] - base);
+}
+
+// Where the codes of a slot's tile begin: rows one after the other, or, with scales, a tile of sixteen keys or of four
+// values (see codecs.py).
+INLINE char *codes_at(words job, words side, int64_t head, int64_t slot) {
+    int64_t tokens = !side[SD_SCALE_BYTES] ? 1 : side[SD_VALUES] ? 4 : TILE;
+    return at(side[SD_DATA], (head * job[AT_SLOTS] + slot / tokens * tokens) * side[SD_CODE_BYTES]);
+}
+
+// Where the scales of a slot's sixteen tokens begin.
+INLINE uint16_t *scales_at(words job, words side, int64_t head, int64_t slot) {
+    return at(side[SD_SCALES], (head * job[AT_SLOTS] + slot / TILE * TILE) * side[SD_SCALE_BYTES]);
+}
+
+// ==== Encoding ====
 
 INLINE float round_f16(float x) { return v_round_f16(v_splat(x))[0]; }
 
@@ -177,92 +204,125 @@ INLINE void turn(words side, int64_t head, float *x, int64_t width, int which) {
     hadamard(x, width, side[SD_ROTATED]);
 }
 
-// Store one vector, its last group filled with zeros.
-static void encode(words side, int64_t head, int64_t row, const float *source) {
+// Encode whole groups: `count` numbers.
+INLINE void encode(words side, const float *x, int64_t count, char *codes, uint16_t *scales) {
+    int64_t size = side[SD_GROUP];
+    for (int64_t i = 0; i < count; i += size)
+        if (side[SD_CODEC] == RING_F32)
+            memcpy(codes + i * 4, x + i, size * 4);
+        else if (side[SD_CODEC] == RING_F16)
+            for (int64_t k = i; k < i + size; k += LANES)
+                v_store_f16((uint16_t *)codes + k, limited(v_load(x + k), LARGEST));
+        else if (side[SD_CODEC] == RING_Q8)
+            encode_q8(x + i, size, (int8_t *)codes + i, scales + i / size);
+        else
+            encode_q4(x + i, (int8_t *)codes + i / 2, scales + i / size * 2);
+}
+
+// Store bytes first .. first + n_codes - 1 of a slot's codes, and the scales that belong to them.
+INLINE void put(words job, words side, int64_t head, int64_t slot, int64_t first, const char *codes, int64_t n_codes,
+                const uint16_t *scales, int64_t n_scales) {
+    char *target = codes_at(job, side, head, slot);
+    if (!n_scales)
+        memcpy(target + first, codes, n_codes);
+    else if (side[SD_VALUES])
+        for (int64_t i = 0; i < n_codes; i++) target[(first + i) * 4 + slot % 4] = codes[i];
+    else
+        for (int64_t i = 0; i < n_codes; i += 4) memcpy(target + (first + i) * TILE + slot % TILE * 4, codes + i, 4);
+    uint16_t *to = scales_at(job, side, head, slot) + first * n_scales / n_codes * TILE + slot % TILE;
+    for (int64_t i = 0; i < n_scales; i++) to[i * TILE] = scales[i];
+}
+
+// Encode one vector, its last group filled with zeros, and store it.
+static void store(words job, words side, int64_t head, int64_t slot, const float *source) {
     _Alignas(64) float x[CHUNK], vector[LONGEST_HEAD];
-    int64_t width = side[SD_WIDTH], padded = side[SD_PADDED], size = side[SD_GROUP];
+    char codes[CHUNK * 4];
+    uint16_t scales[CHUNK / 16];
+    int64_t width = side[SD_WIDTH], padded = side[SD_PADDED];
     if (side[SD_ROTATED] > 1) {
         memcpy(vector, source, width * 4);
         turn(side, head, vector, width, KEY);
         source = vector;
     }
-    char *codes = at(side[SD_DATA], row * side[SD_CODE_BYTES]);
-    uint16_t *scales = at(side[SD_SCALES], row * side[SD_SCALE_BYTES]);
     for (int64_t start = 0; start < padded; start += CHUNK) {
         int64_t count = min_of(CHUNK, padded - start), given = max_of(0, min_of(count, width - start));
         memcpy(x, source + start, given * 4);
         memset(x + given, 0, (count - given) * 4);
-        for (int64_t i = 0; i < count; i += size) {
-            int64_t to = start + i;
-            if (side[SD_CODEC] == RING_F32)
-                memcpy(codes + to * 4, x + i, size * 4);
-            else if (side[SD_CODEC] == RING_F16)
-                for (int64_t k = 0; k < size; k += LANES)
-                    v_store_f16((uint16_t *)codes + to + k, limited(v_load(x + i + k), LARGEST));
-            else if (side[SD_CODEC] == RING_Q8)
-                encode_q8(x + i, size, (int8_t *)codes + to, scales + to / size);
-            else
-                encode_q4(x + i, (int8_t *)codes + to / 2, scales + to / size * 2);
+        encode(side, x, count, codes, scales);
+        int64_t n_codes = side[SD_CODE_BYTES] * count / padded, n_scales = side[SD_SCALE_BYTES] / 2 * count / padded;
+        put(job, side, head, slot, start * n_codes / count, codes, n_codes, scales, n_scales);
+    }
+}
+
+// Put one tile's new tokens, keys and values or their codes, into the ring.
+static void append_tile(words job, int64_t unit) {
+    stretch tokens = tokens_of(job, unit);
+    for (int64_t token = tokens.first; token < tokens.stop; token++) {
+        int64_t slot = slot_of(job, clock_of(job, LENGTH) + token);
+        for (int which = 0; which < 2; which++) {
+            words side = job + (which ? AT_VALUES : AT_KEYS);
+            const float *source = at(job[which ? AT_V : AT_K], token * side[SD_HEADS] * side[SD_WIDTH] * 4);
+            for (int64_t head = 0; head < side[SD_HEADS]; head++)
+                store(job, side, head, slot, source + head * side[SD_WIDTH]);
         }
     }
 }
 
-// Put one token's keys and values, or their codes, into the ring.
-INLINE void append_token(words job, int64_t token) {
-    int64_t slot = slot_of(job, clock_of(job, LENGTH) + token);
-    for (int which = 0; which < 2; which++) {
-        words side = job + (which ? AT_VALUES : AT_KEYS);
-        const float *source = at(job[which ? AT_V : AT_K], token * side[SD_HEADS] * side[SD_WIDTH] * 4);
-        for (int64_t head = 0; head < side[SD_HEADS]; head++)
-            encode(side, head, head * job[AT_SLOTS] + slot, source + head * side[SD_WIDTH]);
-    }
-}
-
-KERNEL(rope) { UNUSED; rope_token(at(address, 0), unit); return 0; }
-KERNEL(append) { UNUSED; append_token(at(address, 0), unit); return 0; }
+KERNEL(rope) { UNUSED; rope_tile(at(address, 0), unit); return 0; }
+KERNEL(append) { UNUSED; append_tile(at(address, 0), unit); return 0; }
 KERNEL(rope_append) {
     UNUSED;
-    rope_token(at(address, 0), unit);
-    append_token(at(address, 0), unit);
+    rope_tile(at(address, 0), unit);
+    append_tile(at(address, 0), unit);
     return 0;
 }
 
 // ==== Decoding ====
 
-INLINE void expand_q8(const int8_t *codes, const uint16_t *scales, int64_t padded, int64_t size, float *row) {
-    for (int64_t start = 0; start < padded; start += size) {
-        vf scale = v_splat(v_read_f16(scales + start / size));
-        for (int64_t i = start; i < start + size; i += LANES) v_store(row + i, v_to_f32(v_load_i8(codes + i)) * scale);
+// LANES bytes of a slot's codes from byte i on, unsigned.
+INLINE vi some_codes(words side, const char *codes, int64_t i, int64_t slot) {
+    if (side[SD_VALUES]) return v_load_i32(codes + i * 4) >> (int32_t)(slot % 4 * 8) & 255;
+    uint8_t bytes[LANES];
+    UNROLL for (int k = 0; k < LANES; k += 4) memcpy(bytes + k, codes + (i + k) * TILE + slot % TILE * 4, 4);
+    return v_load_u8(bytes);
+}
+
+INLINE void expand_q8(words side, const char *codes, const uint16_t *scales, int64_t slot, float *row) {
+    int64_t size = side[SD_GROUP];
+    for (int64_t start = 0; start < side[SD_PADDED]; start += size) {
+        vf scale = v_splat(v_read_f16(scales + start / size * TILE));
+        for (int64_t i = start; i < start + size; i += LANES) {
+            vi q = some_codes(side, codes, i, slot);
+            v_store(row + i, v_to_f32(q - ((q & 128) << 1)) * scale);
+        }
     }
 }
 
-INLINE void expand_q4(const uint8_t *codes, const uint16_t *scales, int64_t padded, float *row) {
-    for (int64_t start = 0; start < padded; start += 32) {
-        vf scale = v_splat(v_read_f16(scales + start / 16)), base = v_splat(v_read_f16(scales + start / 16 + 1));
+INLINE void expand_q4(words side, const char *codes, const uint16_t *scales, int64_t slot, float *row) {
+    for (int64_t start = 0; start < side[SD_PADDED]; start += 32, scales += 2 * TILE) {
+        vf scale = v_splat(v_read_f16(scales)), base = v_splat(v_read_f16(scales + TILE));
         for (int64_t i = 0; i < 16; i += LANES) {
-            vi q = v_load_u8(codes + start / 2 + i);
+            vi q = some_codes(side, codes, start / 2 + i, slot);
             v_store(row + start + i, v_fma(v_to_f32(q & 15), scale, base));
             v_store(row + start + 16 + i, v_fma(v_to_f32(q >> 4), scale, base));
         }
     }
 }
 
-// Read the vectors of `count` tokens from a position on: rows of SD_PADDED numbers.
+// Read the vectors of `count` tokens of one block from a position on: rows of SD_PADDED numbers.
 static void read_back(words job, words side, int64_t head, int64_t position, int64_t count, float *target) {
-    int64_t padded = side[SD_PADDED], slots = job[AT_SLOTS], slot = slot_of(job, position);
-    for (int64_t k = 0; k < count; k++, target += padded) {
-        int64_t row = head * slots + slot;
-        const char *codes = at(side[SD_DATA], row * side[SD_CODE_BYTES]);
-        const void *scales = at(side[SD_SCALES], row * side[SD_SCALE_BYTES]);
-        for (int64_t i = 0; i < side[SD_CODE_BYTES]; i += 64) __builtin_prefetch(codes + CACHED * side[SD_CODE_BYTES] + i);
+    int64_t padded = side[SD_PADDED], row_bytes = side[SD_CODE_BYTES], slot = slot_of(job, position);
+    for (int64_t stop = slot + count; slot < stop; slot++, target += padded) {
+        const char *codes = codes_at(job, side, head, slot);
+        const uint16_t *scales = scales_at(job, side, head, slot) + slot % TILE;
+        ask_for(at(side[SD_DATA], (head * job[AT_SLOTS] + slot + CACHED) * row_bytes), row_bytes);
         if (side[SD_CODEC] == RING_F16)
             for (int64_t i = 0; i < padded; i += LANES) v_store(target + i, v_load_f16((const uint16_t *)codes + i));
         else if (side[SD_CODEC] == RING_Q8)
-            expand_q8((const int8_t *)codes, scales, padded, side[SD_GROUP], target);
+            expand_q8(side, codes, scales, slot, target);
         else if (side[SD_CODEC] == RING_Q4)
-            expand_q4((const uint8_t *)codes, scales, padded, target);
+            expand_q4(side, codes, scales, slot, target);
         else
             memcpy(target, codes, padded * 4);
-        slot = slot + 1 < slots ? slot + 1 : clock_of(job, SINKS);
     }
 }

@@ -4,33 +4,20 @@
 
 #define TOP 16383.0f          // the largest weight: two bytes of 7 bits
 enum { PLANES = 2 * CACHED };  // bytes of a row's weights: high ones, then low ones
+enum { WITHIN = LANES == 8 ? 2 : 4 };  // rows that are summed at once: as many as there are registers for
 
 INLINE int has_bases(words side) { return side[SD_INT8] && side[SD_CODEC] == RING_Q4; }
 
-// Codes of a block as bytes: for each group, for each four tokens, its columns of these four together.
-static void spread_codes(words side, const uint8_t *codes, uint8_t *out) {
-    int64_t stride = side[SD_CODE_BYTES], size = side[SD_GROUP], is_q4 = side[SD_CODEC] == RING_Q4;
-    for (int64_t start = 0; start < side[SD_PADDED]; start += size)
-        for (int64_t j = 0; j < CACHED; j += 4, out += size * 4) {
-            const uint8_t *rows = codes + j * stride + (is_q4 ? start / 2 : start);
-            ask_for_rows(rows, stride, 4);
-            for (int64_t i = 0; i < (is_q4 ? 16 : size); i += 16) {
-                vu v[PARTS];
-                v_quads(rows + i, stride, v);
-                UNROLL for (int p = 0; p < PARTS; p++) {
-                    v_store_bytes(out + i * 4 + p * BYTES, is_q4 ? v[p] & 15 : v[p]);
-                    if (is_q4) v_store_bytes(out + 64 + p * BYTES, v[p] >> 4);
-                }
-            }
-        }
-}
-
-// out = scales / the largest of those that are seen, in units of TOP. Returns what undoes that.
-INLINE float invert(const float *scales, sight seen, float *out) {
-    vf top = v_splat(0.0f);
-    for (int64_t i = 0; i < CACHED; i += LANES) top = v_larger(top, keep_lanes(v_load(scales + i), i, seen, 0.0f));
+// out = scales / the largest of those that are seen, in units of TOP, zero for the others. Returns what undoes that.
+INLINE float invert(const float *scales, int whole, sight seen, float *out) {
+    vf x[CACHED / LANES], top = v_splat(0.0f);
+    UNROLL for (int64_t i = 0; i < CACHED / LANES; i++) {
+        x[i] = v_load(scales + i * LANES);
+        if (!whole) x[i] = keep_lanes(x[i], i * LANES, seen, 0.0f);
+        top = v_larger(top, x[i]);
+    }
     float largest = largest_magnitude(top), inverse = largest > 0.0f ? TOP / largest : 0.0f;
-    for (int64_t i = 0; i < CACHED; i += LANES) v_store(out + i, v_load(scales + i) * inverse);
+    UNROLL for (int64_t i = 0; i < CACHED / LANES; i++) v_store(out + i * LANES, x[i] * inverse);
     return largest / TOP;
 }
 
@@ -44,21 +31,35 @@ INLINE void split(const float *weights, const float *scales, int8_t *planes) {
     }
 }
 
-// Add LANES columns' sums to four rows of the result.
-INLINE void multiply(const uint8_t *codes, int64_t stride, const int8_t *planes, const float *keep, const float *factors,
-                     float *out, int64_t out_stride) {
-    vi high[4] = {{0}}, low[4] = {{0}};
-    for (int64_t j = 0; j < CACHED; j += 4) {
-        vu x = v_load_bytes(codes + j / 4 * stride);
-        UNROLL for (int r = 0; r < 4; r++) {
-            high[r] = v_dot4(high[r], v_splat_quad(planes + r * PLANES + j), x);
-            low[r] = v_dot4(low[r], v_splat_quad(planes + r * PLANES + CACHED + j), x);
+// Add 2 LANES columns' sums, LANES from each of two halves of 32, to some rows of the result.
+// codes: of q8 bytes, of q4 the halves of bytes; stride: from four tokens to the next
+INLINE void multiply(int codec, const uint8_t *codes, int64_t stride, const int8_t *planes, const float *keep,
+                     const float *factors, float *out, int64_t out_stride) {
+    vi high[WITHIN][2] = {{{0}}}, low[WITHIN][2] = {{{0}}};
+    for (int64_t j = 0; j < CACHED; j += 4, codes += stride) {
+        vu a = v_load_bytes(codes), b = codec == RING_Q4 ? a >> 4 : v_load_bytes(codes + 64);
+        if (codec == RING_Q4) a &= 15;
+        UNROLL for (int r = 0; r < WITHIN; r++) {
+            vu x = v_splat_quad(planes + r * PLANES + j), y = v_splat_quad(planes + r * PLANES + CACHED + j);
+            high[r][0] = v_dot4(high[r][0], x, a), high[r][1] = v_dot4(high[r][1], x, b);
+            low[r][0] = v_dot4(low[r][0], y, a), low[r][1] = v_dot4(low[r][1], y, b);
         }
     }
-    UNROLL for (int r = 0; r < 4; r++) {
-        float *to = out + r * out_stride;
-        v_store(to, v_fma(v_to_f32((high[r] << 7) + low[r]), v_splat(factors[r]), v_load(to) * keep[r]));
-    }
+    UNROLL for (int r = 0; r < WITHIN; r++)
+        UNROLL for (int half = 0; half < 2; half++) {
+            float *to = out + r * out_stride + half * 16;
+            vf sum = v_to_f32((high[r][half] << 7) + low[r][half]);
+            v_store(to, v_fma(sum, v_splat(factors[r]), v_load(to) * keep[r]));
+        }
+}
+
+// Add 32 columns' sums to n rows of the result.
+INLINE void multiply_rows(int codec, const uint8_t *codes, int64_t stride, int64_t n, const int8_t *planes,
+                          const float *keep, const float *factors, float *out, int64_t out_stride) {
+    for (int64_t r = 0; r < n; r += WITHIN)
+        UNROLL for (int p = 0; p < PARTS; p++)
+            multiply(codec, codes + p * BYTES, stride, planes + r * PLANES, keep + r, factors + r,
+                     out + r * out_stride + p * LANES, out_stride);
 }
 
 // sums = sums * keep + share * the products of a row's weights with bases, in sixteen lanes.
@@ -69,19 +70,20 @@ INLINE void add_bases(const float *weights, const float *base, float keep, float
     UNROLL for (int p = 0; p < PARTS; p++) v_store(sums + p * LANES, total.v[p]);
 }
 
-// Add one group of a block's values, in scratch as spread_codes leaves them, to rows first .. first + n - 1.
-static void exact_group(words job, float *area, const uint8_t *codes, const float *scales, int64_t first, int64_t n, int64_t g,
-                        float *out, const task *t) {
+// Add group number g of a block's values to rows first .. first + n - 1.
+static void exact_group(words job, float *area, const uint8_t *codes, const float *scales, int64_t first, int64_t n,
+                        int64_t g, float *out, const task *t) {
     words side = job + AT_VALUES;
-    int64_t all_rows = rows_of_task(job, t), rows = rows_of_tokens(job, t->tokens), size = side[SD_GROUP];
+    int64_t all_rows = rows_of_task(job, t), rows = rows_of_tokens(job, t->tokens), width = side[SD_SEEN];
+    int64_t row_bytes = side[SD_CODE_BYTES], step = 32 * row_bytes / width, size = side[SD_GROUP];
     float *weights = in(area, job[AT_SCORES]) + first * CACHED, *own = in(area, job[AT_OWN]), *inverse = own + CACHED;
     int8_t *planes = (int8_t *)in(area, job[AT_PLANES]);
     row_state state = state_of(job, area, all_rows);
     float *factors = state.largest + first, *keep = state.keep + first, *share = state.share + first;
     int whole = sees_all(job, t);
-    float unit = invert(scales, (sight){0, CACHED}, inverse);
+    float unit = invert(scales, 1, (sight){0, CACHED}, inverse);
     for (int64_t r = 0; r < n; r++) {  // what others see must not matter
-        float factor = whole ? unit : invert(scales, sight_of(job, first + r, rows, t), own);
+        float factor = whole ? unit : invert(scales, 0, sight_of(job, first + r, rows, t), own);
         split(weights + r * CACHED, whole ? inverse : own, planes + r * PLANES);
         factors[r] = factor * share[r];
     }
@@ -90,30 +92,31 @@ static void exact_group(words job, float *area, const uint8_t *codes, const floa
         for (int64_t r = 0; r < n; r++)
             add_bases(weights + r * CACHED, scales + CACHED, keep[r], share[r], bases + r * 16);
     }
-    for (int64_t d = 0; d < size; d += LANES)
-        for (int64_t r = 0; r < n; r += 4)
-            multiply(codes + d * 4, size * 4, planes + r * PLANES, keep + r, factors + r, out + r * side[SD_SEEN] + d, side[SD_SEEN]);
+    for (int64_t d = g * size, at = d * row_bytes / width; d < (g + 1) * size; d += 32, at += step) {
+        ask_early(codes + (row_bytes + at) * CACHED, step * CACHED);
+        if (side[SD_CODEC] == RING_Q4)
+            multiply_rows(RING_Q4, codes + at * 4, row_bytes * 4, n, planes, keep, factors, out + d, width);
+        else
+            multiply_rows(RING_Q8, codes + at * 4, row_bytes * 4, n, planes, keep, factors, out + d, width);
+    }
 }
 
 // Add a block's values to rows first .. first + n - 1, all of one key-value head if heads have values of their own.
 static void add_values(words job, float *area, float *result, int64_t first, int64_t n, int64_t kv_head, const task *t) {
     words side = job + AT_VALUES;
-    int64_t width = side[SD_SEEN], head = side[SD_HEADS] > 1 ? kv_head : 0, size = side[SD_GROUP];
+    int64_t width = side[SD_SEEN], head = side[SD_HEADS] > 1 ? kv_head : 0;
     row_state state = state_of(job, area, rows_of_task(job, t));
     float *weights = in(area, job[AT_SCORES]) + first * CACHED, *out = result + first * width;
     const float *keep = state.keep + first, *share = state.share + first;
     int64_t start = t->low - t->block, stop = t->high - t->block;
     if (side[SD_INT8]) {
-        lines_of_block lines = find_lines(job, side, area, head, t->block, t->low, t->high);
+        lines_of_block lines = find_lines(job, side, head, t->block);
         float *units = in(area, job[AT_UNITS]);
-        uint8_t *codes = (uint8_t *)in(area, job[AT_QUADS]);
-        spread_scales(side, lines.scales, units);
-        spread_codes(side, lines.codes, codes);
-        for (int64_t g = 0; g < width / size; g++)
-            exact_group(job, area, codes + g * CACHED * size, units + (has_bases(side) ? 2 * g : g) * CACHED, first, n, g,
-                        out + g * size, t);
+        spread_scales(side, lines.scales, (sight){start, stop}, units);
+        for (int64_t g = 0; g < width / side[SD_GROUP]; g++)
+            exact_group(job, area, lines.codes, units + (has_bases(side) ? 2 * g : g) * CACHED, first, n, g, out, t);
     } else if (is_direct(side, n)) {
-        const void *x = find_lines(job, side, area, head, t->block, t->low, t->high).codes;
+        const void *x = find_lines(job, side, head, t->block).codes;
         weigh_f16(weights, n, keep, share, x, start, stop, width, out);
     } else {
         const float *x = decoded(job, side, area, kv_head, t->low, t->high - t->low) - start * width;

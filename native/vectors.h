@@ -24,9 +24,6 @@
 //                        of x is added to acc
 //   v_load_tile(rows, offset, tile)    32 bytes of LANES rows, transposed: lane r of tile[j] is bytes 4 j .. 4 j + 3
 //                        of row r
-//   v_quads(p, stride, v)              16 bytes of four rows, `stride` bytes apart, in 16 / LANES registers: lane i is
-//                        byte i of each row
-//   v_unzip(x, y, even, odd)           the lanes of even number of both, and those of odd number
 //   v_lookup_u8(table, i) table[i] for each byte, from 16 bytes; i below 16
 //   v_lookup(table, i)   table[i mod 32] for each lane, from 32 floats
 //   v_lookup16(table, i) table[i mod 16]
@@ -52,7 +49,6 @@ enum { TILE_BYTES = 32 };    // of each row of a tile
 INLINE vf v_load(const float *p) { vf x; memcpy(&x, p, sizeof x); return x; }
 INLINE vi v_load_i32(const void *p) { vi x; memcpy(&x, p, sizeof x); return x; }
 INLINE vu v_load_bytes(const uint8_t *p) { vu x; memcpy(&x, p, sizeof x); return x; }
-INLINE void v_store_bytes(uint8_t *p, vu x) { memcpy(p, &x, sizeof x); }
 INLINE void v_store(float *p, vf x) { memcpy(p, &x, sizeof x); }
 
 INLINE vf v_splat(float x) { return x - (vf){0}; }
@@ -162,10 +158,13 @@ INLINE float sum16(f32x16 x) {
     return (half[0] + half[2]) + (half[1] + half[3]);
 }
 
+// The largest lane, none of which is NaN. As integers negative floats are in reverse order, unless their bits are flipped.
 INLINE float largest_lane(vf x) {
-    float largest = x[0];
-    for (int i = 1; i < LANES; i++) largest = largest > x[i] ? largest : x[i];
-    return largest;
+    int32_t largest = v_top_lane((vi)x ^ ((vi)x >> 31 & 0x7FFFFFFF));
+    largest ^= largest >> 31 & 0x7FFFFFFF;
+    float number;
+    memcpy(&number, &largest, sizeof number);
+    return number;
 }
 
 // The larger of two magnitudes, which have no signs. Bits are compared: NaN is larger than every number.

@@ -104,18 +104,3 @@ static inline __attribute__((always_inline)) void v_load_tile(const uint8_t *con
         tile[i + 4] = (vu)_mm256_permute2x128_si256(a[i], a[i + 4], 0x31);
     }
 }
-
-static inline __attribute__((always_inline)) void v_quads(const uint8_t *p, int64_t stride, vu *v) {
-    __m128i a = _mm_loadu_si128((const void *)p), b = _mm_loadu_si128((const void *)(p + stride));
-    __m128i c = _mm_loadu_si128((const void *)(p + 2 * stride)), d = _mm_loadu_si128((const void *)(p + 3 * stride));
-    __m128i ab = _mm_unpacklo_epi8(a, b), cd = _mm_unpacklo_epi8(c, d);
-    v[0] = (vu)_mm256_set_m128i(_mm_unpackhi_epi16(ab, cd), _mm_unpacklo_epi16(ab, cd));
-    ab = _mm_unpackhi_epi8(a, b), cd = _mm_unpackhi_epi8(c, d);
-    v[1] = (vu)_mm256_set_m128i(_mm_unpackhi_epi16(ab, cd), _mm_unpacklo_epi16(ab, cd));
-}
-
-static inline __attribute__((always_inline)) void v_unzip(vf x, vf y, vf *even, vf *odd) {
-    __m256 low = _mm256_permute2f128_ps((__m256)x, (__m256)y, 0x20), high = _mm256_permute2f128_ps((__m256)x, (__m256)y, 0x31);
-    __m256 pairs = _mm256_shuffle_ps(low, high, 0x88), others = _mm256_shuffle_ps(low, high, 0xDD);
-    *even = (vf)pairs, *odd = (vf)others;
-}

@@ -64,20 +64,3 @@ static inline __attribute__((always_inline)) void v_load_tile(const uint8_t *con
         tile[i + 4] = (vu)_mm512_permutex2var_epi64(a[i], odd, a[i + 4]);
     }
 }
-
-static inline __attribute__((always_inline)) void v_quads(const uint8_t *p, int64_t stride, vu *v) {
-    __m512i rows = _mm512_castsi128_si512(_mm_loadu_si128((const void *)p));
-    rows = _mm512_inserti32x4(rows, _mm_loadu_si128((const void *)(p + stride)), 1);
-    rows = _mm512_inserti32x4(rows, _mm_loadu_si128((const void *)(p + 2 * stride)), 2);
-    rows = _mm512_inserti32x4(rows, _mm_loadu_si128((const void *)(p + 3 * stride)), 3);
-    // Four bytes of every row to each quarter, then byte by byte.
-    __m512i fours = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    __m512i bytes = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
-    v[0] = (vu)_mm512_shuffle_epi8(_mm512_permutexvar_epi32(fours, rows), bytes);
-}
-
-static inline __attribute__((always_inline)) void v_unzip(vf x, vf y, vf *even, vf *odd) {
-    __m512i lanes = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-    *even = (vf)_mm512_permutex2var_ps((__m512)x, lanes, (__m512)y);
-    *odd = (vf)_mm512_permutex2var_ps((__m512)x, _mm512_or_si512(lanes, _mm512_set1_epi32(1)), (__m512)y);
-}

@@ -105,12 +105,3 @@ static inline void v_load_tile(const uint8_t *const *rows, int64_t offset, vu *t
         memcpy(&tile[j], quads, sizeof quads);
     }
 }
-
-static inline void v_quads(const uint8_t *p, int64_t stride, vu *v) {
-    for (int i = 0; i < 64; i++) v[i / 16][i % 16] = p[i % 4 * stride + i / 4];
-}
-
-static inline void v_unzip(vf x, vf y, vf *even, vf *odd) {
-    *even = (vf){x[0], x[2], y[0], y[2]};
-    *odd = (vf){x[1], x[3], y[1], y[3]};
-}

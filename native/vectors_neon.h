@@ -61,17 +61,3 @@ static inline __attribute__((always_inline)) void v_load_tile(const uint8_t *con
         }
     }
 }
-
-static inline __attribute__((always_inline)) void v_quads(const uint8_t *p, int64_t stride, vu *v) {
-    uint8x16x2_t ab = vzipq_u8(vld1q_u8(p), vld1q_u8(p + stride));
-    uint8x16x2_t cd = vzipq_u8(vld1q_u8(p + 2 * stride), vld1q_u8(p + 3 * stride));
-    for (int k = 0; k < 2; k++) {
-        uint16x8x2_t both = vzipq_u16(vreinterpretq_u16_u8(ab.val[k]), vreinterpretq_u16_u8(cd.val[k]));
-        v[2 * k] = (vu)both.val[0], v[2 * k + 1] = (vu)both.val[1];
-    }
-}
-
-static inline void v_unzip(vf x, vf y, vf *even, vf *odd) {
-    *even = (vf)vuzp1q_f32((float32x4_t)x, (float32x4_t)y);
-    *odd = (vf)vuzp2q_f32((float32x4_t)x, (float32x4_t)y);
-}

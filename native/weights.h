@@ -25,8 +25,6 @@ static void clear_state(words job, float *area, int64_t all_rows) {
     memset(state.sums, 0, all_rows * 64);
 }
 
-typedef struct { int64_t start, stop; } sight;
-
 // What row r sees of a block's positions, counted from the block on.
 INLINE sight sight_of(words job, int64_t r, int64_t rows, const task *t) {
     int64_t position = clock_of(job, LENGTH) + t->first + r % rows / group_of(job);
@@ -40,15 +38,6 @@ INLINE int sees_all(words job, const task *t) {
     int64_t position = clock_of(job, LENGTH) + t->first;
     int whole = t->low == t->block && t->high == t->block + CACHED && t->high <= position + 1;
     return whole && (t->sinks || t->low >= oldest_of(job, position + t->tokens - 1));
-}
-
-// x in lanes start .. stop - 1 of the LANES from `lane` on, `other` in the rest.
-INLINE vf keep_lanes(vf x, int64_t lane, sight seen, float other) {
-    int32_t numbers[LANES];
-    for (int i = 0; i < LANES; i++) numbers[i] = i;
-    vi number = v_load_i32(numbers) + (int32_t)lane;
-    vi inside = (vi)(number >= (int32_t)seen.start) & (vi)(number < (int32_t)seen.stop);
-    return (vf)((inside & (vi)x) | (~inside & (vi)v_splat(other)));
 }
 
 // The largest score of a row that it sees.
