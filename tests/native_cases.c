@@ -21,15 +21,25 @@ static void *bytes(int64_t count) {
     return data;
 }
 
-// One case: kernel, units, buffers (the first is the job), places in the job that hold a buffer's number, and what
-// one buffer of floats must hold afterwards, each within its own limit. Returns how many floats differ.
+static int differs(const float *found, const float *expected, float limit) {
+    return memcmp(found, expected, sizeof *found) && !(fabsf(*found - *expected) <= limit);
+}
+
+// One case: kernels with their units, which run one after another; buffers (the first is the job), places in the job
+// that hold a buffer's number, and what one buffer of floats must hold afterwards, each within its own limit. Returns
+// how many floats differ.
 static int64_t run_case(const char *isa) {
-    char name[32] = {0};
-    int64_t length = number();
-    char *text = bytes(length);
-    memcpy(name, text, length);
-    free(text);
-    int64_t units = number(), n_buffers = number(), wrong = 0;
+    struct { char name[32]; int64_t units; } steps[4] = {0};
+    int64_t n_steps = number();
+    if (n_steps > 4) exit(3);
+    for (int64_t i = 0; i < n_steps; i++) {
+        int64_t length = number();
+        char *text = bytes(length);
+        memcpy(steps[i].name, text, length);
+        free(text);
+        steps[i].units = number();
+    }
+    int64_t n_buffers = number(), wrong = 0;
     char **buffers = calloc(n_buffers, sizeof *buffers);
     for (int64_t i = 0; i < n_buffers; i++) buffers[i] = bytes(number());
     int64_t *job = (int64_t *)buffers[0];
@@ -37,14 +47,16 @@ static int64_t run_case(const char *isa) {
         int64_t place = number();
         job[place] = (intptr_t)buffers[job[place]];
     }
-    kernel *run = trit_kernel(isa, name);
-    if (!run) exit(4);
-    for (int64_t unit = 0; unit < units; unit++) run(NULL, NULL, (intptr_t)job, unit);
+    for (int64_t i = 0; i < n_steps; i++) {
+        kernel *run = trit_kernel(isa, steps[i].name);
+        if (!run) exit(4);
+        for (int64_t unit = 0; unit < steps[i].units; unit++) run(NULL, NULL, (intptr_t)job, unit);
+    }
     float *out = (float *)buffers[number()];
     int64_t count = number();
     float *expected = bytes(count * 4), *limit = bytes(count * 4);
-    for (int64_t i = 0; i < count; i++) wrong += !(fabsf(out[i] - expected[i]) <= limit[i]);
-    if (wrong) printf("%s %s: %ld of %ld differ, first %g for %g\n", isa, name, (long)wrong, (long)count, out[0], expected[0]);
+    for (int64_t i = 0; i < count; i++) wrong += differs(out + i, expected + i, limit[i]);
+    if (wrong) printf("%s %s: %ld of %ld differ, first %g for %g\n", isa, steps[n_steps - 1].name, (long)wrong, (long)count, out[0], expected[0]);
     free(expected), free(limit);
     for (int64_t i = 0; i < n_buffers; i++) free(buffers[i]);
     free(buffers);

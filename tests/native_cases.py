@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from runtime.kernels import words as w
 from runtime.kernels.base import GROUP, TRITS
 from runtime.kernels.compiled_backend import nf4_table
 from runtime.kernels.numpy_backend import level_codes
+from tests.native_attention import add_attention
 
 ROUNDING = {"float32": 0, "float16": 1, "bfloat16": 2}
 SHAPES = [(1, 1), (3, 5), (17, 83), (33, 192)]
@@ -34,11 +35,17 @@ class Cases:
         self.body += int(value).to_bytes(8, "little", signed=True)
 
     def add(
-        self, kernel: str, units: int, words: Mapping[int, Any], out: int, expected: np.ndarray | None, limit: Any = 0.0
+        self,
+        steps: Sequence[tuple[str, int]],
+        words: Mapping[int, Any],
+        out: int,
+        expected: np.ndarray | None,
+        limit: Any = 0.0,
     ) -> None:
-        """words: numbers and arrays by their place in the job; out: the place of the array to look at afterwards.
+        """steps: kernels and their numbers of units, to run one after another
 
-        expected: float32 of that array's size, each within `limit`; None if the numbers do not matter.
+        words: numbers and arrays by their place in the job; out: the place of the array to look at afterwards
+        expected: float32 of that array's size, each within `limit`; None if the numbers do not matter
         """
         job = np.zeros(max(words) + 1, np.int64)
         buffers, places = [job], []
@@ -50,9 +57,11 @@ class Cases:
             else:
                 job[place] = value
         self.count += 1
-        self._number(len(kernel))
-        self.body += kernel.encode()
-        self._number(units)
+        self._number(len(steps))
+        for kernel, units in steps:
+            self._number(len(kernel))
+            self.body += kernel.encode()
+            self._number(units)
         self._number(len(buffers))
         for buffer in buffers:
             self._number(buffer.nbytes)
@@ -133,7 +142,7 @@ def add_product(
             parts[name] = raw.astype(np.uint8).view(part.dtype).reshape(part.shape)
     words = matrix(codec, shape, parts, params) | {w.BIAS: bias, w.OUT: np.zeros((n, shape[0]), np.float32)}
     head = {w.HEAD + place: value for place, value in words.items()}
-    cases.add(kernel, -(-shape[0] // w.UNIT_ROWS), activations | head, w.HEAD + w.OUT, expected, limit)
+    cases.add([(kernel, -(-shape[0] // w.UNIT_ROWS))], activations | head, w.HEAD + w.OUT, expected, limit)
 
 
 def add_layers(cases: Cases, n: int, dim: int, rng: np.random.Generator) -> None:
@@ -141,18 +150,18 @@ def add_layers(cases: Cases, n: int, dim: int, rng: np.random.Generator) -> None
     eps = int(np.float32(1e-5).view(np.int32))
     norm = {w.NORM_X: x, w.NORM_GAIN: up[0].copy(), w.NORM_OUT: np.zeros_like(x), w.NORM_DIM: dim, w.NORM_EPS: eps}
     expected = x / np.sqrt((x.astype(np.float64) ** 2).mean(axis=1, keepdims=True) + 1e-5) * up[0]
-    cases.add("rmsnorm", n, norm, w.NORM_OUT, expected, 1e-5)
+    cases.add([("rmsnorm", n)], norm, w.NORM_OUT, expected, 1e-5)
     gate = {w.GLU_GATE: x * 9, w.GLU_UP: up, w.GLU_DIM: dim}
-    cases.add("swiglu", n, gate, w.GLU_GATE, x * 9 / (1 + np.exp(-9 * x.astype(np.float64))) * up, 1e-4)
+    cases.add([("swiglu", n)], gate, w.GLU_GATE, x * 9 / (1 + np.exp(-9 * x.astype(np.float64))) * up, 1e-4)
     words = packed(x) | {w.X: x, w.X_STRIDE: dim * 4, w.WANTED: w.FLOATS | w.QUANTS_IN_ORDER | w.QUANTS_AS_NIBBLES}
     blank = {place: np.zeros_like(words[place]) for place in (w.PADDED, w.QUANTS, w.SUMS, w.SCALES)}
     blank[w.PADDED] += np.float32(7)
     for place in (w.PADDED, w.SCALES):
-        cases.add("pack_activations", -(-n // w.TOGETHER), words | blank, place, words[place], 1e-6)
+        cases.add([("pack_activations", -(-n // w.TOGETHER))], words | blank, place, words[place], 1e-6)
 
 
 def all_cases() -> Cases:
-    """Every kernel of products and layers; the weights right, then all-zero, all-one and random bytes."""
+    """Every kernel but the pool's; of products the weights right, then all-zero, all-one and random bytes."""
     cases, rng = Cases(), np.random.default_rng(5)
     for kernel in (*w.KERNELS["numba_trits"], *w.KERNELS["numba_dense"], *w.KERNELS["numba_int8"]):
         for shape in SHAPES:
@@ -165,6 +174,7 @@ def all_cases() -> Cases:
         add_product(cases, kernel, (70, 128 if kernel.startswith("nf4") else 97), 66, None, rng)
     for n, dim in ((1, 1), (3, 47), (2, 200)):
         add_layers(cases, n, dim, rng)
+    add_attention(cases, rng)
     return cases
 
 
