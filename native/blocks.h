@@ -18,13 +18,6 @@ INLINE lines_of_block find_lines(words job, words side, int64_t head, int64_t bl
     return (lines_of_block){(const uint8_t *)codes_at(job, side, head, slot), scales_at(job, side, head, slot)};
 }
 
-// Ask for bytes that will be read in one block's time: a few lines at once, or the CPU waits until all are there, and
-// in the order of their addresses, which the hardware goes on with. They go to the second cache: what waits for memory
-// in the nearest is soon too much.
-INLINE void ask_early(const void *bytes, int64_t count) {
-    for (int64_t i = 0; i < count; i += 64) __builtin_prefetch((const char *)bytes + i, 0, 2);
-}
-
 // x in lanes start .. stop - 1 of the LANES from `lane` on, `other` in the rest.
 INLINE vf keep_lanes(vf x, int64_t lane, sight seen, float other) {
     int32_t numbers[LANES];
@@ -38,7 +31,7 @@ INLINE vf keep_lanes(vf x, int64_t lane, sight seen, float other) {
 static void spread_scales(words side, const uint16_t *scales, sight seen, float *units) {
     int64_t n = side[SD_SCALE_BYTES] / 2;
     int whole = seen.start == 0 && seen.stop == CACHED;
-    ask_early(scales + n * CACHED, n * CACHED * 2);
+    ask_for(scales + n * CACHED, n * CACHED * 2);
     for (int64_t k = 0; k < CACHED; k += TILE)
         for (int64_t i = 0; i < n; i++, scales += TILE)
             UNROLL for (int64_t p = 0; p < TILE; p += LANES) {

@@ -2,71 +2,64 @@
 #pragma once
 #include "queries.h"
 
-// total + 32 codes of LANES tokens times 32 numbers of a row; two sums, which the CPU makes at the same time.
-INLINE vi dot32(vi total, const vu v[8], const int8_t *x) {
-    vi other = {0};
-    UNROLL for (int i = 0; i < 8; i += 4) {
-        other = v_dot4_i8(v_dot4_i8(other, v[i], v_splat_quad(x + 4 * i)), v[i + 1], v_splat_quad(x + 4 * i + 4));
-        total = v_dot4_i8(v_dot4_i8(total, v[i + 2], v_splat_quad(x + 4 * i + 8)), v[i + 3], v_splat_quad(x + 4 * i + 12));
-    }
-    return other + total;
-}
-
-// Add one group's products to LANES scores of n rows. codes: 8 or 16 vectors; base: of q4, else null
-INLINE void add_scores(int count, const vu *codes, const float *scales, const float *base, int64_t n, int first,
-                      const int8_t *quants, int64_t seen, const query_step *steps, int64_t groups, float *scores) {
-    vf scale = v_load(scales);
-    for (int64_t r = 0; r < n; r++) {
-        const query_step *step = steps + r * groups;
-        vi exact = dot32(v_splat_i32(step->start), codes, quants + r * seen);
-        if (count == 16) exact += dot32((vi){0}, codes + 8, quants + r * seen + 32);
-        float *out = scores + r * CACHED;
-        vf before = first ? v_splat(0.0f) : v_load(out), value = v_fma(v_to_f32(exact), scale * step->scale, before);
-        v_store(out, base ? v_fma(v_load(base), v_splat(step->sum), value) : value);
+// 32 codes of LANES of a tile's sixteen tokens: of q4 the low halves of four vectors, then the high ones.
+INLINE void load_codes(int codec, const uint8_t *tile, vu codes[8]) {
+    UNROLL for (int i = 0; i < 8; i++) {
+        if (codec == RING_Q8) codes[i] = v_factor_i8(v_load_bytes(tile + i * 64));
+        if (codec == RING_Q4) codes[i] = i < 4 ? v_load_bytes(tile + i * 64) & 15 : v_load_bytes(tile + (i - 4) * 64) >> 4;
     }
 }
 
-// Codes of LANES of a tile's sixteen tokens: of q8 `count` vectors, of q4 eight: the low halves of four, then the high
-// ones.
-INLINE void load_codes(int codec, int count, const uint8_t *tile, vu codes[16]) {
-    UNROLL for (int i = 0; i < 16; i++) {
-        if (codec == RING_Q8 && i < count) codes[i] = v_factor_i8(v_load_bytes(tile + i * 64));
-        if (codec == RING_Q4 && i < 4) {
-            vu both = v_load_bytes(tile + i * 64);
-            codes[i] = both & 15, codes[4 + i] = both >> 4;
+// Add the products of 32 codes with four rows, whose sums do not wait for each other.
+INLINE void four_dots(const vu codes[8], const int8_t *x, int64_t seen, vi exact[4]) {
+    UNROLL for (int r = 0; r < 4; r++)
+        UNROLL for (int i = 0; i < 8; i++) exact[r] = v_dot4_i8(exact[r], codes[i], v_splat_quad(x + r * seen + 4 * i));
+}
+
+// Scores of LANES tokens and four rows. size: numbers of a group; next: what to ask for, or null; tile: bytes of a group
+// of sixteen tokens
+INLINE void score_four(int codec, int size, int64_t groups, const uint8_t *codes, int64_t tile, const float *units,
+                       const int8_t *quants, int64_t seen, const query_step *steps, const uint8_t *next, float *scores) {
+    vf sums[4] = {{0}};
+    for (int64_t g = 0; g < groups; g++, codes += tile, quants += size, steps++) {
+        vi exact[4];
+        vu v[8];
+        if (next) ask_for(next + g * tile, tile);
+        UNROLL for (int r = 0; r < 4; r++) exact[r] = v_splat_i32(steps[r * groups].start);
+        UNROLL for (int half = 0; half < size / 32; half++) {
+            load_codes(codec, codes + half * 512, v);
+            four_dots(v, quants + half * 32, seen, exact);
+        }
+        vf scale = v_load(units + (codec == RING_Q4 ? 2 * g : g) * CACHED);
+        UNROLL for (int r = 0; r < 4; r++) sums[r] = v_fma(v_to_f32(exact[r]), scale * steps[r * groups].scale, sums[r]);
+        if (codec == RING_Q4) {
+            vf base = v_load(units + (2 * g + 1) * CACHED);
+            UNROLL for (int r = 0; r < 4; r++) sums[r] = v_fma(base, v_splat(steps[r * groups].sum), sums[r]);
         }
     }
+    UNROLL for (int r = 0; r < 4; r++) v_store(scores + r * CACHED, sums[r]);
 }
 
-// Add sixteen tokens' group of codes to their scores. count: see load_codes; quants, steps: of that group
-INLINE void add_tile(int codec, int count, const uint8_t *tile, const float *scales, int64_t n, int first,
-                     const int8_t *quants, int64_t seen, const query_step *steps, int64_t groups, float *scores) {
-    UNROLL for (int p = 0; p < PARTS; p++) {
-        vu codes[16];
-        load_codes(codec, count, tile + p * BYTES, codes);
-        const float *scale = scales + p * LANES;
-        add_scores(count, codes, scale, codec == RING_Q4 ? scale + CACHED : 0, n, first, quants, seen, steps, groups,
-                   scores + p * LANES);
-    }
-}
-
-// scores[r, j] = rounded row r times token j of a block, for all tokens.
+// scores[r, j] = rounded row r times token j of a block, for all tokens. n: rows, in fours
 static void exact_scores(words side, const uint8_t *codes, const float *units, int64_t n, const int8_t *quants,
                          const query_step *steps, float *scores) {
     int64_t seen = side[SD_SEEN], size = side[SD_GROUP], groups = seen / size, block = side[SD_CODE_BYTES] * CACHED;
-    int64_t step = block / (CACHED / TILE * groups);  // bytes of a group of sixteen tokens
-    for (int64_t j = 0; j < CACHED; j += TILE)
-        for (int64_t g = 0; g < groups; g++, codes += step) {
-            const int8_t *x = quants + g * size;
-            const float *scale = units + (side[SD_CODEC] == RING_Q4 ? 2 * g : g) * CACHED + j;
-            ask_early(codes + block, step);
+    int64_t tile = block / (CACHED / TILE * groups);
+    for (int64_t j = 0; j < CACHED; j += LANES) {
+        const uint8_t *lines = codes + j / TILE * groups * tile + j % TILE * 4;
+        for (int64_t r = 0; r < n; r += 4) {
+            const uint8_t *next = r == 0 && j % TILE == 0 ? lines + block : 0;
+            const int8_t *x = quants + r * seen;
+            const query_step *step = steps + r * groups;
+            float *out = scores + r * CACHED + j;
             if (side[SD_CODEC] == RING_Q4)
-                add_tile(RING_Q4, 8, codes, scale, n, g == 0, x, seen, steps + g, groups, scores + j);
+                score_four(RING_Q4, 32, groups, lines, tile, units + j, x, seen, step, next, out);
             else if (size == 64)
-                add_tile(RING_Q8, 16, codes, scale, n, g == 0, x, seen, steps + g, groups, scores + j);
+                score_four(RING_Q8, 64, groups, lines, tile, units + j, x, seen, step, next, out);
             else
-                add_tile(RING_Q8, 8, codes, scale, n, g == 0, x, seen, steps + g, groups, scores + j);
+                score_four(RING_Q8, 32, groups, lines, tile, units + j, x, seen, step, next, out);
         }
+    }
 }
 
 // Scores of rows r .. r + n - 1, all of one key-value head if heads have keys of their own. queries: the area where rows

@@ -11,6 +11,7 @@ from formats.container import TritFile
 from formats.kv_modules import KVModule
 
 from .config import ModelConfig
+from .ring.codecs import slots_of
 from .sampler import OptionError
 from .sizes import kv_bytes_per_token, scratch_bytes, weight_bytes
 
@@ -42,7 +43,7 @@ def plans(
 ) -> dict[str, Memory]:
     """Tell what a model will take with a context of n_ctx tokens, read in chunks of n_batch, for each codec."""
     chunk = min(n_batch, n_ctx)
-    weights, slots, scratch = weight_bytes(file), n_ctx + chunk - 1, scratch_bytes(config, chunk)
+    weights, slots, scratch = weight_bytes(file), slots_of(n_ctx, chunk), scratch_bytes(config, chunk)
     return {codec: Memory(weights, kv_bytes_per_token(config, codec, modules) * slots, scratch) for codec in codecs}
 
 

@@ -21,7 +21,7 @@ from formats.kv_modules import KVModule
 from ..config import ModelConfig
 from ..errors import CacheError
 from ..rope import angles, frequencies
-from .codecs import BLOCK, Plane, base_of, code_codec, side_codecs
+from .codecs import BLOCK, Plane, base_of, code_codec, side_codecs, slots_of
 from .state import SavedRing, fill_ring, read_ring, ring_parts
 
 
@@ -61,9 +61,7 @@ class KVRing:
         self.clock = np.zeros(2, np.int64)  # length and sinks, where compiled kernels read them
         self.codec, self.length, self.sinks = codec, 0, sinks
         self.oldest = 0  # from this position on everything is still stored; it stays when tokens are taken back
-        # While a chunk is appended its first token must still see what its last one pushes out of the window. A part
-        # of a block is left over beside the sinks.
-        self.slots = (capacity + chunk + 2 * BLOCK - 3) // BLOCK * BLOCK
+        self.slots = slots_of(capacity, chunk)
         ranks = {(module.layer, module.side): module.rank for module in modules}
 
         def plane(layer: int, side: str) -> Plane:

@@ -47,6 +47,14 @@ def base_of(sinks: int) -> int:
     return -(-sinks // BLOCK) * BLOCK
 
 
+def slots_of(capacity: int, chunk: int) -> int:
+    """Slots of a ring: whole blocks.
+
+    While a chunk is appended its first token must still see what its last one pushes out of the window; a part of a
+    block may be left over beside the sinks."""
+    return (capacity + chunk + 2 * BLOCK - 3) // BLOCK * BLOCK
+
+
 def side_codecs(kv: str) -> tuple[str, str]:
     """Read "q8" or "k=q8,v=q4": the codec of keys and the codec of values.
 
