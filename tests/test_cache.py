@@ -17,7 +17,8 @@ from runtime.config import ModelConfig
 from runtime.errors import CacheError
 from runtime.kernels.numpy_backend import NumpyKernels
 from runtime.ring.cache import KVRing
-from runtime.ring.codecs import CODECS, Plane, hadamard
+from runtime.ring.codecs import CODECS, Plane
+from runtime.ring.rounding import hadamard
 from runtime.ring.state import MAGIC
 from runtime.rope import angles, frequencies
 

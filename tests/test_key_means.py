@@ -16,7 +16,8 @@ from runtime.config import ModelConfig
 from runtime.kernels import get_kernels
 from runtime.model import Model
 from runtime.ring.cache import KVRing
-from runtime.ring.codecs import Plane, mirrored
+from runtime.ring.codecs import Plane
+from runtime.ring.rounding import mirrored
 from runtime.rope import angles, frequencies
 from tests import tiny
 from tests.native_library import ensure_native_library

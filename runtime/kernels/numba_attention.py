@@ -18,9 +18,10 @@ from numba import njit
 from . import simd
 from . import words as w
 from .compiling import BARE
+from .numba_codes import hadamard
 from .numba_math import exp2, word
 from .numba_queries import pack, rows_of
-from .numba_ring import clock, hadamard, is_sliding
+from .numba_ring import clock, is_sliding
 from .numba_scores import score
 from .numba_tiles import dots
 from .numba_values import add_values, clear_values, finish_values

@@ -11,8 +11,9 @@ from numba import njit
 from . import simd
 from . import words as w
 from .compiling import BARE
+from .numba_codes import F16
 from .numba_math import gelu, gelu_tanh, word
-from .numba_ring import F16, codes_at, expand, rotate, scales_at, slot_of
+from .numba_ring import codes_at, expand, rotate, scales_at, slot_of
 from .numba_tiles import dots
 from .simd import load_f32, store_f32
 from .simd_tiles import keep_lanes, prefetch_far

@@ -11,8 +11,9 @@ from numba import njit
 from . import simd
 from . import words as w
 from .compiling import BARE
+from .numba_codes import Q8, QUERY, turn
 from .numba_math import word
-from .numba_ring import Q8, QUERY, is_sliding, turn
+from .numba_ring import is_sliding
 from .numba_tiles import dots
 from .simd import load_f32, read_f32, splat_f32, write_f32
 

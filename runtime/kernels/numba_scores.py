@@ -13,9 +13,9 @@ from . import simd
 from . import words as w
 from .compiling import BARE
 from .numba_blocks import ask_for, decoded, find, is_direct, spread_scales
+from .numba_codes import Q4
 from .numba_math import word
 from .numba_queries import STEP_BYTES, rounded
-from .numba_ring import Q4
 from .numba_tiles import dots, dots_f16
 from .simd import dot4_i8, fma, load_f32, load_u8, read_f32, read_i32, splat_f32, splat_i32, splat_quad, to_f32
 from .words import CACHED, TILE

@@ -14,9 +14,9 @@ from . import simd
 from . import words as w
 from .compiling import BARE
 from .numba_blocks import ask_for, decoded, find, is_direct, spread_scales
+from .numba_codes import Q4
 from .numba_math import word
 from .numba_queries import rows_of
-from .numba_ring import Q4
 from .numba_tiles import add_scaled, weigh, weigh_f16
 from .numba_weights import sees_all, sight_of, state_of
 from .simd import dot4, fma, load_f32, load_u8, read_f32, splat_f32, splat_i32, splat_quad, store_f32, to_f32, write_f32
