@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +25,9 @@ from runtime.cli import ArgumentParser, UserError, run
 from runtime.model import Model
 from runtime.progress import Bar
 from tools.arguments import add_run_arguments, positive, require_matplotlib
+from tools.compare_plot import Point, draw_points
 from tools.peers import LlamaCppModel, gguf_bits, k_quant
 from tools.perplexity import encode, read_text
-
-
-@dataclass(frozen=True)
-class Point:
-    """One file. bpw: bits per weight of the layers' matrices; kl_mean, kl_stderr, same_top1: None for the base"""
-
-    name: str
-    nbytes: int
-    bpw: float
-    ppl: float
-    stderr: float
-    kl_mean: float | None = None
-    kl_stderr: float | None = None
-    same_top1: float | None = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -130,25 +117,6 @@ def show(points: Sequence[Point]) -> None:
         print(f"| {p.name} | {p.nbytes / 1e6:.1f} | {p.bpw:.2f} | {p.ppl:.3f} ± {p.stderr:.3f} | {kl} | {top} |")
 
 
-def plot(points: Sequence[Point], title: str, path: str) -> None:
-    """Draw both measures against bits per weight."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 5), layout="constrained")
-    figure.suptitle(title)
-    for axes, what in zip(figure.subplots(1, 2), ("perplexity", "KL divergence"), strict=True):
-        for point in points:
-            y, error = (point.ppl, point.stderr) if what == "perplexity" else (point.kl_mean, point.kl_stderr)
-            if y is None:
-                continue
-            marker = "s" if point.name.endswith(".gguf") or "." not in point.name else "o"
-            axes.errorbar(point.bpw, y, error, marker=marker, capsize=2)
-            axes.annotate(Path(point.name).stem, (point.bpw, y), (5, 4), textcoords="offset points", fontsize=8)
-        axes.set(xlabel="bits per weight of the layers' matrices", ylabel=what, yscale="log")
-        axes.grid(alpha=0.3, which="both")
-    figure.savefig(path, dpi=120)
-
-
 def command(argv: Sequence[str]) -> int:
     """Parse the arguments, measure, print, draw."""
     description = "Compare files of one model: what they take and what that costs."
@@ -164,7 +132,7 @@ def command(argv: Sequence[str]) -> int:
     else:
         show(points)
     if args.plot:
-        plot(points, f"{Path(args.file).name}, windows of {args.ctx_size} tokens", args.plot)
+        draw_points(points, f"{Path(args.file).name}, windows of {args.ctx_size} tokens", args.plot)
     return 0
 
 
