@@ -12,6 +12,7 @@ from formats.sources.source import open_source
 from tests import tiny
 from tools import compare, peers
 from tools.compare import main
+from tools.compare_plot import Point, _keep_apart
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +52,23 @@ def test_the_picture(folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     assert main(arguments(folder, "--plot", str(tmp_path / "out.png"))) == 0
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_labels_of_files_that_are_alike_stand_apart() -> None:
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    axes = figure.subplots()
+    labels = [axes.annotate("a long name", (0.5, 0.5), (0, 0), textcoords="offset points") for _ in range(6)]
+    figure.draw_without_rendering()
+    _keep_apart(axes, labels)
+    boxes = [label.get_window_extent() for label in labels]
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+def test_files_whose_names_differ_in_digits_are_one_series() -> None:
+    names = ("trit2-best.trit", "trit3-best.trit", "trit3.trit", "Q4_K_M", "Q5_K_M.gguf")
+    points = [Point(name, 1, 4.0, 20.0, 1.0) for name in names]
+    assert [point.series for point in points] == ["trit-best", "trit-best", "trit", "Q_K_M", "Q_K_M"]
+    assert [point.is_peer for point in points] == [False, False, False, True, True]
 
 
 def test_what_is_missing_is_said_before_anything_is_measured(

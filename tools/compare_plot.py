@@ -17,7 +17,7 @@ ACROSS, UP = {-1: "right", 0: "center", 1: "left"}, {-1: "top", 0: "center", 1: 
 # Where a label may stand beside its point: steps to the right and up, the nearest first; a step is STEP / 72 inch.
 PLACES = [(far * x, far * y) for far in (1, 2, 3, 4) for x, y in
           ((1, 1), (1, 0), (-1, 0), (1, -1), (-1, 1), (-1, -1), (0, 1), (0, -1))]  # fmt: skip
-STEP = 6, 4
+STEP = 6, 6
 
 
 @dataclass(frozen=True)
