@@ -277,6 +277,39 @@ def test_sinks_can_change_until_something_has_slid_out() -> None:
         made.ring.sinks = 2
 
 
+def test_fewer_sinks_after_going_back_to_what_is_all_there() -> None:
+    """The first 64 tokens stay as long as their block has a sink."""
+    made = Listed(100, 4, 50, "f16")
+    for i in range(20):
+        made.append(50, i)
+    made.trim(64)
+    made.ring.sinks = 0
+    made.check()
+    other = KVRing(CONFIG, 100, 50, 0, "f16")
+    other.load(made.ring.save())
+    made.ring = other
+    made.trim(30)
+    made.check()
+    assert made.ring.length == 30
+
+
+@pytest.mark.parametrize(("capacity", "sinks"), [(65, 64), (66, 64), (129, 128), (193, 192)])
+def test_fewer_sinks_never_show_what_was_overwritten(capacity: int, sinks: int) -> None:
+    """Where almost all are sinks, going back to a full ring needs nothing of the window; other sinks would."""
+    ring = KVRing(CONFIG, capacity, 1, sinks, "f16")
+    for i in range(ring.slots + 1):
+        for layer in range(CONFIG.n_layers):
+            KERNELS.append(np.full((1, 12), i, np.float32), np.zeros((1, 12), np.float32), ring, layer)
+        ring.advance(1)
+    ring.trim(capacity)
+    with pytest.raises(CacheError, match="slid out"):
+        ring.sinks = 1
+    assert ring.sinks == sinks
+    ring.trim(sinks)
+    ring.sinks = 1
+    assert (ring.layers[0].keys.read(ring.slot(np.arange(sinks)))[0, :, 0] == np.arange(sinks)).all()
+
+
 def test_bad_arguments_are_refused() -> None:
     for wrong in ({"capacity": 1}, {"chunk": 0}, {"sinks": 8}, {"sinks": -1}, {"codec": "q5"}, {"codec": "k=q8"}):
         with pytest.raises(CacheError):

@@ -59,8 +59,8 @@ class KVRing:
         self.config, self.capacity, self.chunk, self.modules = config, capacity, chunk, tuple(modules)
         self.key_facts = key_facts
         self.clock = np.zeros(2, np.int64)  # length and sinks, where compiled kernels read them
-        self.codec, self.length, self.sinks = codec, 0, sinks
         self.oldest = 0  # from this position on everything is still stored; it stays when tokens are taken back
+        self.codec, self.length, self.sinks = codec, 0, sinks
         self.slots = slots_of(capacity, chunk)
         ranks = {(module.layer, module.side): module.rank for module in modules}
 
@@ -87,12 +87,12 @@ class KVRing:
 
     @property
     def sinks(self) -> int:
-        """First tokens that never slide out; it can be set until a token has slid out."""
+        """First tokens that never slide out; it can be set while no token of the ring has slid out."""
         return int(self.clock[1])
 
     @sinks.setter
     def sinks(self, value: int) -> None:
-        if self.length > self.capacity:
+        if self.length > self.capacity or self.oldest:
             raise CacheError("the number of sinks cannot change once tokens have slid out; reset the ring first")
         if not 0 <= value < self.capacity:
             raise CacheError(f"{value} sinks do not fit a context of {self.capacity}; at most {self.capacity - 1} do")
@@ -175,7 +175,8 @@ class KVRing:
             raise CacheError(f"cannot keep {n} tokens of {self.length}")
         if not self._has(max(self.sinks, n + 1 - (self.capacity - self.sinks)), n):
             raise CacheError(f"cannot go back to {n} tokens: some of those it would see have slid out of the ring")
-        self.length, self.oldest = n, min(self.oldest, n)
+        # Before `base` nothing is ever lost, whatever number of sinks comes next.
+        self.length, self.oldest = n, 0 if n <= self.base else min(self.oldest, n)
 
     def reset(self) -> None:
         """Forget everything."""
