@@ -188,7 +188,7 @@ def _parse(line: Any, index: int, n_layers: int, path: str) -> KVModule:
 
 def _check_tensors(file: TritFile, expected: Mapping[str, tuple[int, ...]]) -> None:
     """Check names, shapes, codecs and values of the modules' tensors. Raises TensorError."""
-    present = [name for name in file.tensors if ".kv." in name and name.startswith("layers.")]
+    present = [name for name in file.tensors if ".kv." in name]
     if extra := [name for name in present if name not in expected]:
         raise TensorError(file.path, f"belongs to no module that '{FEATURE}' lists; convert the model again", extra[0])
     for name, shape in expected.items():

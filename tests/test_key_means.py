@@ -74,6 +74,19 @@ def test_a_mean_of_zero_or_on_the_axis_changes_nothing() -> None:
     assert all((a == b).all() for a, b in zip(with_mean.arrays, without.arrays, strict=True))
 
 
+@pytest.mark.parametrize("size", [1e-42, 1e25, 3e35])
+def test_a_mean_of_any_size_falls_on_the_first_axis(size: float, facts: np.ndarray) -> None:
+    """Such that squares, or products with a balance, are none of float32."""
+    facts[0] *= np.float32(size / np.abs(facts[0]).max())
+    facts[1] *= 1000 / facts[1].max()
+    plane = Plane("k", "q4", HEADS, WIDTH, 4, facts=facts)
+    assert plane.mirror is not None
+    towards = facts[0].astype(np.float64) * facts[1]
+    towards /= np.linalg.norm(towards, axis=1, keepdims=True)
+    image = mirrored(towards[:, None].astype(np.float32), plane.mirror[:, 0])[:, 0]
+    assert np.allclose(image, np.eye(WIDTH)[:1], atol=1e-5)
+
+
 def test_known_means_make_the_error_less(mean: np.ndarray) -> None:
     x = vectors(mean, 200)
     errors = []
@@ -193,7 +206,9 @@ def test_a_balance_out_of_range_is_refused(tmp_path: Path, bad: float) -> None:
         Model.load(path, "numpy")
 
 
-@pytest.mark.parametrize("name", ["layers.0.kv.k.mean", "layers.9.kv.k.mean", "layers.0.kv.v.mean"])
+@pytest.mark.parametrize(
+    "name", ["layers.0.kv.k.mean", "layers.9.kv.k.mean", "layers.0.kv.v.mean", "x.kv.k.mean", ".kv.k.balance", "x.kv.y"]
+)
 def test_wrong_means_are_refused(tmp_path: Path, name: str) -> None:
     values = np.full(20, np.inf, np.float32) if name.startswith("layers.0.kv.k") else np.ones(20, np.float32)
     path = with_means(tiny.write_trit(tmp_path / "plain.trit"), tmp_path / "told.trit", {name: values})

@@ -13,10 +13,10 @@ def mirror(mean: np.ndarray, balance: np.ndarray) -> np.ndarray:
 
     mean, balance: (heads, width) float32; returns: (heads, 3, width)
     """
-    mean = mean * balance
-    normal = mean / np.maximum(np.linalg.norm(mean, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+    mean = mean.astype(np.float64) * balance  # whose squares may be too large for float32
+    normal = mean / np.maximum(np.linalg.norm(mean, axis=1, keepdims=True), np.finfo(np.float64).tiny)
     normal[:, 0] -= np.where(mean.any(axis=1), 1, 0)
-    normal *= np.sqrt(2) / np.maximum(np.linalg.norm(normal, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+    normal *= np.sqrt(2) / np.maximum(np.linalg.norm(normal, axis=1, keepdims=True), np.finfo(np.float64).tiny)
     return np.stack((normal, balance, 1 / balance), axis=1).astype(np.float32)
 
 
