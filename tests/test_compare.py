@@ -12,7 +12,7 @@ from formats.sources.source import open_source
 from tests import tiny
 from tools import compare, peers
 from tools.compare import main
-from tools.compare_plot import Point, _keep_apart
+from tools.compare_plot import Point, _keep_apart, draw_points
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +62,13 @@ def test_labels_of_files_that_are_alike_stand_apart() -> None:
     _keep_apart(axes, labels)
     boxes = [label.get_window_extent() for label in labels]
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+def test_names_with_dollar_signs_are_names(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    points = [Point("a$\\base$.trit", 9, 16.0, 5.0, 0.1), Point("a$\\frac$.trit", 4, 8.0, 5.1, 0.1, 0.1, 0.01, 0.9)]
+    draw_points(points, "$\\text$.txt", str(tmp_path / "out.png"))
+    assert (tmp_path / "out.png").stat().st_size
 
 
 def test_files_whose_names_differ_in_digits_are_one_series() -> None:

@@ -62,7 +62,7 @@ def draw_points(points: Sequence[Point], title: str, path: str) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     figure = Figure(figsize=(13, 7.5), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)  # names may have dollar signs
     panels = list(zip(figure.subplots(1, 2), MEASURES, strict=True))
     labels = []
     for axes, what in panels:
@@ -90,7 +90,7 @@ def _draw_series(axes: Axes, points: Sequence[Point], what: str) -> list[Any]:
     if base and what == "perplexity":
         axes.axhline(base.ppl, color="black", linestyle="--", linewidth=1)
         axes.annotate(f"{base.label}: {base.ppl:.2f}", (0, base.ppl), (4, -3), fontsize=9, va="top",
-                      xycoords=("axes fraction", "data"), textcoords="offset points")  # fmt: skip
+                      xycoords=("axes fraction", "data"), textcoords="offset points", parse_math=False)  # fmt: skip
     for i, name in enumerate(dict.fromkeys(point.series for point in points if point is not base)):
         mine = [point for point in points if point.series == name and point is not base]
         x, (y, error) = [p.bpw for p in mine], zip(*(p.measure(what) for p in mine), strict=True)
@@ -99,7 +99,7 @@ def _draw_series(axes: Axes, points: Sequence[Point], what: str) -> list[Any]:
                       linestyle=":" if peer else "-", linewidth=1)  # fmt: skip
         for point, at in zip(mine, zip(x, y, strict=True), strict=True):
             label = axes.annotate(point.label, at, (0, 0), textcoords="offset points", fontsize=9, color=color,
-                                  path_effects=halo)  # fmt: skip
+                                  path_effects=halo, parse_math=False)  # fmt: skip
             label.set_in_layout(False)
             labels.append(label)
     return labels
