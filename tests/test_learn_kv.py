@@ -165,7 +165,8 @@ def test_facts_of_keys_are_written_beside_projections_or_alone(
         assert sorted(facts) == [0, 1] and all(np.abs(mean).max() > 0 for mean, _ in facts.values())
         for _, balance in facts.values():
             pairs = balance.reshape(len(balance), 2, -1)
-            assert (pairs[:, 0] == pairs[:, 1]).all() and np.allclose(np.log(balance).mean(axis=1), 0, atol=1e-5)
+            assert (pairs[:, 0] == pairs[:, 1]).all()
+            assert np.abs(np.log(balance).mean(axis=1)).max() <= 2.0**-11  # each number is rounded to float16
             assert BALANCES[0] < balance.min() < 0.99 and 1.01 < balance.max() < BALANCES[1]
         assert all((of_layer == read_key_facts(beside)[layer]).all() for layer, of_layer in facts.items())
     again = learn(capsys, tmp_path / "alone.trit", text, tmp_path / "again.trit", "--side", "none")
