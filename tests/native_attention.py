@@ -11,13 +11,14 @@ from formats.kv_modules import KVModule
 from runtime.config import ModelConfig
 from runtime.kernels import words as w
 from runtime.kernels.attention_jobs import AttentionJobs
-from runtime.kernels.base import Decoders
+from runtime.kernels.base import Decoders, weight_bits
 from runtime.kernels.memory import address
 from runtime.kernels.numpy_backend import NumpyKernels
 from runtime.ring.cache import KVRing
 from runtime.ring.codecs import CODECS
 from runtime.ring.projections import Decoder
 from runtime.rope import angles, frequencies
+from tests.test_attention import CODES_ERROR
 
 if TYPE_CHECKING:
     from tests.native_cases import Cases
@@ -131,7 +132,10 @@ def add_look(cases: Cases, ring: KVRing, n: int, int8: bool, rng: np.random.Gene
     AttentionJobs(notes, notes.resolve, int8).attention(q, near, ring, 0, np.zeros_like(q), decoders)  # type: ignore[arg-type]
     NumpyKernels(1, int8).attention(q, near, ring, 0, expected, decoders)
     ring.length = end
-    cases.add(notes.steps, notes.words, w.AT_OUT, expected, 1e-2 if int8 else 1e-4)
+    bits = weight_bits(ring.layers[0].values, decoders[1])
+    rounded = int8 and ring.codec in ("q8", "q4")
+    limit = CODES_ERROR[bits] * np.abs(expected).max() if rounded else 1e-4
+    cases.add(notes.steps, notes.words, w.AT_OUT, expected, limit)
 
 
 def rings(rng: np.random.Generator, capacity: int) -> Iterator[KVRing]:
