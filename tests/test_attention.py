@@ -26,6 +26,7 @@ SUM_ERROR = 4e-6
 # The same where values stay codes, by the bits that weights have of the largest in a block: those of q8, those of q4
 # and of projections. And a query's number that lies between two integers may be rounded to either.
 CODES_ERROR = {14: 5e-4, 7: 6e-2}
+PROJECTION_ERROR = 2e-2  # weights of 7 bits, but codes of eight
 # (heads, key-value heads, head_dim): nothing a power of two; grouped; more queries than a tile has rows
 SHAPES = [(6, 2, 10), (9, 3, 64), (8, 8, 34), (70, 1, 16)]
 # capacity, sinks, tokens in the ring, new tokens: before the wrap, at it, long after it; one span, several; sinks
@@ -168,7 +169,7 @@ def test_int8_activations_sum_codes_of_values(int8_kernels: Kernels, rank: int) 
     for case in ((24, 4, 200, 9), (1300, 4, 1299, 1)):
         ring, q, near = a_ring(int8_kernels, shape, case, codec="k=f16,v=q8", modules=[KVModule(0, "v", rank)])
         found, wanted = attend(int8_kernels, ring, q, near, decoders), expected(ring, q, near, decoders)
-        assert np.abs(found - wanted).max() <= CODES_ERROR[7] * np.abs(wanted).max()
+        assert np.abs(found - wanted).max() <= PROJECTION_ERROR * np.abs(wanted).max()
 
 
 @pytest.mark.parametrize("codec", ["q8", "k=q8,v=q4", "q4"])
