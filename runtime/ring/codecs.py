@@ -197,10 +197,13 @@ def put_rows(tiles: np.ndarray, slots: np.ndarray, given: np.ndarray) -> None:
 def _aligned(shape: tuple[int, ...], dtype: type) -> np.ndarray:
     """Zeros in a mapping of their own: pages that are never written take no memory, and with the ring all go back.
 
-    np.zeros promises neither once the allocator has seen a ring go.
+    np.zeros promises neither once the allocator has seen a ring go. Pages are large (2 MB) where the system has such:
+    small ones are looked up every few tokens, and attention would wait for it.
     """
     count = int(np.prod(shape))
     # Shared, as mmap makes them, a forked child would write into its parent's.
     flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
     raw = mmap.mmap(-1, max(1, count * np.dtype(dtype).itemsize), **flags)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        raw.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(raw, dtype, count).reshape(shape)
