@@ -90,10 +90,26 @@ INLINE void encode_q4(const float *x, int8_t *codes, uint16_t *scale_at) {
         v_store_i8(codes + i, v_round(v_load(g.codes + i)) | v_round(v_load(g.codes + 16 + i)) << 4);
 }
 
+// Sums and differences of sixteen numbers, each with that `step` places off: the sum at the lower of both places.
+INLINE void butterfly(float *x, int32_t step) {
+    vf parts[PARTS];
+    UNROLL for (int p = 0; p < PARTS; p++) {
+        int32_t numbers[LANES];
+        for (int i = 0; i < LANES; i++) numbers[i] = p * LANES + i;
+        vi place = v_load_i32(numbers), minus = (place & step) != 0 & (int32_t)0x80000000;
+        parts[p] = v_lookup16(x, place ^ step) + (vf)((vi)v_load(x + p * LANES) ^ minus);
+    }
+    UNROLL for (int p = 0; p < PARTS; p++) v_store(x + p * LANES, parts[p]);
+}
+
 // Rotate by a Hadamard matrix, in place, in blocks of `size` numbers; 1 changes nothing.
 static void hadamard(float *x, int64_t width, int64_t size) {
     if (size == 1) return;
-    for (int64_t step = 1; step < size; step *= 2)
+    int64_t step = 1;
+    if (size >= 16)
+        for (; step < 16; step *= 2)
+            for (int64_t i = 0; i < width; i += 16) butterfly(x + i, (int32_t)step);
+    for (; step < size; step *= 2)
         for (float *low = x; low < x + width; low += 2 * step) {
             float *high = low + step;
             int64_t i = 0;
