@@ -7,6 +7,8 @@ INLINE float *in(float *area, int64_t offset) { return area + offset / 4; }
 
 // ==== As they are stored ====
 
+enum { BLOCKS_AHEAD = 2 };  // blocks from one that is read to one that is asked for
+
 typedef struct { const uint8_t *codes; const uint16_t *scales; } lines_of_block;
 
 // Of a block's tokens those that are seen: from start to before stop.
@@ -31,7 +33,7 @@ INLINE vf keep_lanes(vf x, int64_t lane, sight seen, float other) {
 static void spread_scales(words side, const uint16_t *scales, sight seen, float *units) {
     int64_t n = side[SD_SCALE_BYTES] / 2;
     int whole = seen.start == 0 && seen.stop == CACHED;
-    ask_for(scales + n * CACHED, n * CACHED * 2);
+    ask_for(scales + BLOCKS_AHEAD * n * CACHED, n * CACHED * 2);
     for (int64_t k = 0; k < CACHED; k += TILE)
         for (int64_t i = 0; i < n; i++, scales += TILE)
             UNROLL for (int64_t p = 0; p < TILE; p += LANES) {

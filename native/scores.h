@@ -10,10 +10,11 @@ INLINE void load_codes(int codec, const uint8_t *tile, vu codes[8]) {
     }
 }
 
-// Add the products of 32 codes with four rows, whose sums do not wait for each other.
-INLINE void four_dots(const vu codes[8], const int8_t *x, int64_t seen, vi exact[4]) {
-    UNROLL for (int r = 0; r < 4; r++)
-        UNROLL for (int i = 0; i < 8; i++) exact[r] = v_dot4_i8(exact[r], codes[i], v_splat_quad(x + r * seen + 4 * i));
+// Add the products of 32 codes with four rows, to two sums of each, so that none waits for another.
+INLINE void four_dots(const vu codes[8], const int8_t *x, int64_t seen, vi exact[2][4]) {
+    UNROLL for (int i = 0; i < 8; i++)
+        UNROLL for (int r = 0; r < 4; r++)
+            exact[i % 2][r] = v_dot4_i8(exact[i % 2][r], codes[i], v_splat_quad(x + r * seen + 4 * i));
 }
 
 // Scores of LANES tokens and four rows. size: numbers of a group; next: what to ask for, or null; tile: bytes of a group
@@ -22,16 +23,16 @@ INLINE void score_four(int codec, int size, int64_t groups, const uint8_t *codes
                        const int8_t *quants, int64_t seen, const query_step *steps, const uint8_t *next, float *scores) {
     vf sums[4] = {{0}};
     for (int64_t g = 0; g < groups; g++, codes += tile, quants += size, steps++) {
-        vi exact[4];
+        vi exact[2][4] = {{{0}}};
         vu v[8];
         if (next) ask_for(next + g * tile, tile);
-        UNROLL for (int r = 0; r < 4; r++) exact[r] = v_splat_i32(steps[r * groups].start);
+        UNROLL for (int r = 0; r < 4; r++) exact[0][r] = v_splat_i32(steps[r * groups].start);
         UNROLL for (int half = 0; half < size / 32; half++) {
             load_codes(codec, codes + half * 512, v);
             four_dots(v, quants + half * 32, seen, exact);
         }
         vf scale = v_load(units + (codec == RING_Q4 ? 2 * g : g) * CACHED);
-        UNROLL for (int r = 0; r < 4; r++) sums[r] = v_fma(v_to_f32(exact[r]), scale * steps[r * groups].scale, sums[r]);
+        UNROLL for (int r = 0; r < 4; r++) sums[r] = v_fma(v_to_f32(exact[0][r] + exact[1][r]), scale * steps[r * groups].scale, sums[r]);
         if (codec == RING_Q4) {
             vf base = v_load(units + (2 * g + 1) * CACHED);
             UNROLL for (int r = 0; r < 4; r++) sums[r] = v_fma(base, v_splat(steps[r * groups].sum), sums[r]);
@@ -48,7 +49,7 @@ static void exact_scores(words side, const uint8_t *codes, const float *units, i
     for (int64_t j = 0; j < CACHED; j += LANES) {
         const uint8_t *lines = codes + j / TILE * groups * tile + j % TILE * 4;
         for (int64_t r = 0; r < n; r += 4) {
-            const uint8_t *next = r == 0 && j % TILE == 0 ? lines + block : 0;
+            const uint8_t *next = r == 0 && j % TILE == 0 ? lines + BLOCKS_AHEAD * block : 0;
             const int8_t *x = quants + r * seen;
             const query_step *step = steps + r * groups;
             float *out = scores + r * CACHED + j;

@@ -7,24 +7,24 @@ enum { WITHIN = LANES == 8 ? 2 : 4 };  // rows that are summed at once: as many 
 
 INLINE int has_bases(words side) { return side[SD_INT8] && side[SD_CODEC] == RING_Q4; }
 
-// out = scales / the largest of those that are seen, in units of top, zero for the others. Returns what undoes that.
-INLINE float invert(const float *scales, int whole, sight seen, float top, float *out) {
-    vf x[CACHED / LANES], largest = v_splat(0.0f);
-    UNROLL for (int64_t i = 0; i < CACHED / LANES; i++) {
-        x[i] = v_load(scales + i * LANES);
-        if (!whole) x[i] = keep_lanes(x[i], i * LANES, seen, 0.0f);
-        largest = v_larger(largest, x[i]);
+// Floats from the scales of a group to those of the next.
+INLINE int64_t scales_step(words side) { return has_bases(side) ? 2 * CACHED : CACHED; }
+
+// The largest scale of a group of those that are seen.
+INLINE float largest_scale(const float *scales, int whole, sight seen) {
+    vf largest = v_splat(0.0f);
+    UNROLL for (int64_t i = 0; i < CACHED; i += LANES) {
+        vf x = v_load(scales + i);
+        largest = v_larger(largest, whole ? x : keep_lanes(x, i, seen, 0.0f));
     }
-    float unit = largest_magnitude(largest) / top, inverse = unit > 0.0f ? 1.0f / unit : 0.0f;
-    UNROLL for (int64_t i = 0; i < CACHED / LANES; i++) v_store(out + i * LANES, x[i] * inverse);
-    return unit;
+    return largest_magnitude(largest);
 }
 
-// Round weights times scales, and write their bytes, or their high and their low ones.
-INLINE void round_weights(const float *weights, const float *scales, int two, int8_t *planes) {
+// Round weights times scales times a factor, and write their bytes, or their high and their low ones.
+INLINE void round_weights(const float *weights, const float *scales, float factor, int two, int8_t *planes) {
     UNROLL for (int64_t i = 0; i < CACHED; i += LANES) {
         // At 1.5 * 2^23 a float's last bit counts ones.
-        vi bits = (vi)v_fma(v_load(weights + i), v_load(scales + i), v_splat(12582912.0f));
+        vi bits = (vi)v_fma(v_load(weights + i) * factor, v_load(scales + i), v_splat(12582912.0f));
         v_store_i8(planes + i, two ? bits >> 7 : bits);
         if (two) v_store_i8(planes + CACHED + i, bits & 127);
     }
@@ -56,13 +56,22 @@ INLINE void multiply(int codec, int two, const uint8_t *codes, int64_t stride, c
         }
 }
 
-// Add 32 columns' sums to n rows of the result.
-INLINE void multiply_rows(int codec, int two, const uint8_t *codes, int64_t stride, int64_t n, const int8_t *planes,
-                          const float *keep, const float *factors, float *out, int64_t out_stride) {
-    for (int64_t r = 0; r < n; r += WITHIN)
-        UNROLL for (int p = 0; p < PARTS; p++)
-            multiply(codec, two, codes + p * BYTES, stride, planes + r * PLANES, keep + r, factors + r,
-                     out + r * out_stride + p * LANES, out_stride);
+// Add 32 columns' sums to four rows of the result.
+static void multiply_four(words side, const uint8_t *codes, const int8_t *planes, const float *keep, const float *factors,
+                          float *out) {
+    int64_t width = side[SD_SEEN], stride = side[SD_CODE_BYTES] * 4;
+    for (int64_t r = 0; r < 4; r += WITHIN)
+        UNROLL for (int p = 0; p < PARTS; p++) {
+            const uint8_t *x = codes + p * BYTES;
+            const int8_t *rounded = planes + r * PLANES;
+            float *to = out + r * width + p * LANES;
+            if (side[SD_CODEC] == RING_Q4)
+                multiply(RING_Q4, 0, x, stride, rounded, keep + r, factors + r, to, width);
+            else if (side[SD_BYTES] == 2)
+                multiply(RING_Q8, 1, x, stride, rounded, keep + r, factors + r, to, width);
+            else
+                multiply(RING_Q8, 0, x, stride, rounded, keep + r, factors + r, to, width);
+        }
 }
 
 // sums = sums * keep + share * the products of a row's weights with bases, in sixteen lanes.
@@ -73,38 +82,61 @@ INLINE void add_bases(const float *weights, const float *base, float keep, float
     UNROLL for (int p = 0; p < PARTS; p++) v_store(sums + p * LANES, total.v[p]);
 }
 
-// Add group number g of a block's values to rows first .. first + n - 1.
-static void exact_group(words job, float *area, const uint8_t *codes, float *scales, int64_t first, int64_t n,
-                        int64_t g, float *out, const task *t) {
+// What scales are multiplied with so that the largest is `top`.
+INLINE float lift(float top, float largest) { return largest > 0.0f ? top / largest : 0.0f; }
+
+// Round the weights of rows first .. first + n - 1 for one group: planes (n, PLANES), and what a unit of them is worth.
+// largest: the largest of the group's scales in the block
+static void round_group(words job, float *area, const float *scales, float largest, int64_t first, int64_t n,
+                        int8_t *planes, float *worth, const task *t) {
     words side = job + AT_VALUES;
-    int64_t all_rows = rows_of_task(job, t), rows = rows_of_tokens(job, t->tokens), width = side[SD_SEEN];
-    int64_t row_bytes = side[SD_CODE_BYTES], step = 32 * row_bytes / width, size = side[SD_GROUP];
-    float *weights = in(area, job[AT_SCORES]) + first * CACHED, *own = in(area, job[AT_OWN]), *inverse = own + CACHED;
-    int8_t *planes = (int8_t *)in(area, job[AT_PLANES]);
-    row_state state = state_of(job, area, all_rows);
-    float *factors = state.largest + first, *keep = state.keep + first, *share = state.share + first;
+    const float *weights = in(area, job[AT_SCORES]) + first * CACHED;
+    const float *share = state_of(job, area, rows_of_task(job, t)).share + first;
+    int64_t rows = rows_of_tokens(job, t->tokens);
     int whole = sees_all(job, t), two = side[SD_BYTES] == 2;
-    float top = two ? 16383.0f : 127.0f, unit = invert(scales, 1, (sight){0, CACHED}, top, inverse);
-    for (int64_t r = 0; r < n; r++) {  // what others see must not matter
-        float factor = whole ? unit : invert(scales, 0, sight_of(job, first + r, rows, t), top, own);
-        round_weights(weights + r * CACHED, whole ? inverse : own, two, planes + r * PLANES);
-        factors[r] = factor * share[r];
+    float top = two ? 16383.0f : 127.0f, factor = lift(top, largest), unit = largest / top;
+    for (int64_t r = 0; r < n; r++, weights += CACHED, planes += PLANES) {
+        if (!whole) {  // what others see must not matter
+            largest = largest_scale(scales, 0, sight_of(job, first + r, rows, t));
+            factor = lift(top, largest), unit = largest / top;
+        }
+        round_weights(weights, scales, factor, two, planes);
+        worth[r] = unit * share[r];
     }
-    if (has_bases(side)) {
-        for (int64_t i = 0; i < CACHED; i += LANES)
-            v_store(scales + CACHED + i, v_fma(v_load(scales + i), v_splat(8.0f), v_load(scales + CACHED + i)));
-        float *bases = in(area, job[AT_BASES]) + (g * all_rows + first) * 16;
-        for (int64_t r = 0; r < n; r++)
-            add_bases(weights + r * CACHED, scales + CACHED, keep[r], share[r], bases + r * 16);
-    }
-    for (int64_t d = g * size, at = d * row_bytes / width; d < (g + 1) * size; d += 32, at += step) {
-        ask_for(codes + (row_bytes + at) * CACHED, step * CACHED);
-        if (side[SD_CODEC] == RING_Q4)
-            multiply_rows(RING_Q4, 0, codes + at * 4, row_bytes * 4, n, planes, keep, factors, out + d, width);
-        else if (two)
-            multiply_rows(RING_Q8, 1, codes + at * 4, row_bytes * 4, n, planes, keep, factors, out + d, width);
-        else
-            multiply_rows(RING_Q8, 0, codes + at * 4, row_bytes * 4, n, planes, keep, factors, out + d, width);
+}
+
+// Add a block's values, which are codes, to rows first .. first + n - 1. The weights of as many rows and groups as ROUNDED are
+// rounded before any is multiplied, so that no product waits for its weights.
+static void add_codes(words job, float *area, const uint8_t *codes, float *scales, int64_t first, int64_t n, float *out,
+                      const task *t) {
+    words side = job + AT_VALUES;
+    int64_t all_rows = rows_of_task(job, t), width = side[SD_SEEN], size = side[SD_GROUP], groups = width / size;
+    int64_t row_bytes = side[SD_CODE_BYTES], step = scales_step(side), together = max_of(1, ROUNDED / n);
+    int8_t *planes = (int8_t *)in(area, job[AT_PLANES]);
+    float *weights = in(area, job[AT_SCORES]) + first * CACHED, *worth = in(area, job[AT_WORTH]);
+    row_state state = state_of(job, area, all_rows);
+    const float *keep = state.keep + first, *share = state.share + first;
+    for (int64_t start = 0; start < groups; start += together) {
+        int64_t stop = min_of(start + together, groups);
+        for (int64_t g = start; g < stop; g++) {
+            float *scale = scales + g * step, largest = largest_scale(scale, 1, (sight){0, CACHED});
+            int64_t at = (g - start) * n;
+            round_group(job, area, scale, largest, first, n, planes + at * PLANES, worth + at, t);
+            if (!has_bases(side)) continue;
+            float *bases = in(area, job[AT_BASES]) + (g * all_rows + first) * 16;
+            for (int64_t i = 0; i < CACHED; i += LANES)
+                v_store(scale + CACHED + i, v_fma(v_load(scale + i), v_splat(8.0f), v_load(scale + CACHED + i)));
+            for (int64_t r = 0; r < n; r++)
+                add_bases(weights + r * CACHED, scale + CACHED, keep[r], share[r], bases + r * 16);
+        }
+        for (int64_t d = start * size; d < stop * size; d += 32) {
+            int64_t at = (d / size - start) * n, column = d * row_bytes / width;
+            ask_for(codes + (BLOCKS_AHEAD * row_bytes + column) * CACHED, 32 * row_bytes / width * CACHED);
+            for (int64_t r = 0; r < n; r += 4) {
+                const int8_t *rounded = planes + (at + r) * PLANES;
+                multiply_four(side, codes + column * 4, rounded, keep + r, worth + at + r, out + r * width + d);
+            }
+        }
     }
 }
 
@@ -120,8 +152,7 @@ static void add_values(words job, float *area, float *result, int64_t first, int
         lines_of_block lines = find_lines(job, side, head, t->block);
         float *units = in(area, job[AT_UNITS]);
         spread_scales(side, lines.scales, (sight){start, stop}, units);
-        for (int64_t g = 0; g < width / side[SD_GROUP]; g++)
-            exact_group(job, area, lines.codes, units + (has_bases(side) ? 2 * g : g) * CACHED, first, n, g, out, t);
+        add_codes(job, area, lines.codes, units, first, n, out, t);
     } else if (is_direct(side, n)) {
         const void *x = find_lines(job, side, head, t->block).codes;
         weigh_f16(weights, n, keep, share, x, start, stop, width, out);

@@ -19,6 +19,8 @@ from .simd import load_f32, store_f32
 from .simd_tiles import keep_lanes, prefetch_far
 from .words import CACHED, TILE
 
+BLOCKS_AHEAD = 2  # from a block that is read to the one that is asked for
+
 # ==== As they are stored ====
 
 
@@ -31,7 +33,7 @@ def find(job, side, head, block):
 
 @njit(forceinline=True)
 def ask_for(address, count):
-    """Ask for bytes that will be read in one block's time: a few lines at once, or the CPU waits until all are there,
+    """Ask for bytes that will be read soon: a few lines at once, or the CPU waits until all are there,
     and in the order of their addresses, which the hardware goes on with."""
     for i in range(0, count, 64):
         prefetch_far(address, i)
@@ -42,7 +44,7 @@ def spread_scales(side, scales, start, stop, units):
     """Scales of a block as (n, CACHED) float32, zero but for tokens start .. stop - 1; q4 has scale and base for each
     group."""
     n = word(side, w.SD_SCALE_BYTES) // 2
-    ask_for(scales + n * CACHED * 2, n * CACHED * 2)
+    ask_for(scales + BLOCKS_AHEAD * n * CACHED * 2, n * CACHED * 2)
     for k in range(0, CACHED, TILE):
         for i in range(n):
             x = simd.load_f16_as_f32(scales, (k * n + i * TILE) * 2)

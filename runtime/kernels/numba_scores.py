@@ -12,7 +12,7 @@ from numba import njit
 from . import simd
 from . import words as w
 from .compiling import BARE
-from .numba_blocks import ask_for, decoded, find, is_direct, spread_scales
+from .numba_blocks import BLOCKS_AHEAD, ask_for, decoded, find, is_direct, spread_scales
 from .numba_codes import Q4
 from .numba_math import word
 from .numba_queries import STEP_BYTES, rounded
@@ -22,17 +22,18 @@ from .words import CACHED, TILE
 
 
 @njit(forceinline=True)
-def _dot32(total, v, x):
-    """total + 32 codes of sixteen tokens times 32 numbers of a row"""
-    total = dot4_i8(dot4_i8(total, v[0], splat_quad(x, 0)), v[1], splat_quad(x, 4))
-    total = dot4_i8(dot4_i8(total, v[2], splat_quad(x, 8)), v[3], splat_quad(x, 12))
-    total = dot4_i8(dot4_i8(total, v[4], splat_quad(x, 16)), v[5], splat_quad(x, 20))
-    return dot4_i8(dot4_i8(total, v[6], splat_quad(x, 24)), v[7], splat_quad(x, 28))
+def _dot32(totals, v, x):
+    """Add 32 codes of sixteen tokens times 32 numbers of a row, to two sums, so that none waits for another."""
+    even, odd = totals
+    even, odd = dot4_i8(even, v[0], splat_quad(x, 0)), dot4_i8(odd, v[1], splat_quad(x, 4))
+    even, odd = dot4_i8(even, v[2], splat_quad(x, 8)), dot4_i8(odd, v[3], splat_quad(x, 12))
+    even, odd = dot4_i8(even, v[4], splat_quad(x, 16)), dot4_i8(odd, v[5], splat_quad(x, 20))
+    return dot4_i8(even, v[6], splat_quad(x, 24)), dot4_i8(odd, v[7], splat_quad(x, 28))
 
 
 @njit(forceinline=True)
 def _four_dots(totals, v, x, seen):
-    """The same for four rows: their sums do not wait for each other."""
+    """The same for four rows."""
     a, b = _dot32(totals[0], v, x), _dot32(totals[1], v, x + seen)
     return a, b, _dot32(totals[2], v, x + 2 * seen), _dot32(totals[3], v, x + 3 * seen)
 
@@ -57,11 +58,12 @@ def _nibbles(codes):
 @njit(forceinline=True)
 def _products(codec, size, codes, x, seen, step, stride):
     """One group's exact products of sixteen tokens and four rows. stride: from a row's step to the next"""
+    zero = splat_i32(np.int32(0))
     totals = (
-        splat_i32(read_i32(step, 0)),
-        splat_i32(read_i32(step, stride)),
-        splat_i32(read_i32(step, 2 * stride)),
-        splat_i32(read_i32(step, 3 * stride)),
+        (splat_i32(read_i32(step, 0)), zero),
+        (splat_i32(read_i32(step, stride)), zero),
+        (splat_i32(read_i32(step, 2 * stride)), zero),
+        (splat_i32(read_i32(step, 3 * stride)), zero),
     )
     if codec == Q4:
         return _four_dots(totals, _nibbles(codes), x, seen)
@@ -73,7 +75,7 @@ def _products(codec, size, codes, x, seen, step, stride):
 
 @njit(forceinline=True)
 def _add(before, exact, scale, step):
-    return fma(to_f32(exact), scale * splat_f32(read_f32(step, 4)), before)
+    return fma(to_f32(exact[0] + exact[1]), scale * splat_f32(read_f32(step, 4)), before)
 
 
 @njit(forceinline=True)
@@ -94,7 +96,7 @@ def _exact_scores(side, codes, units, n, quants, steps, scores):
             for g in range(groups):
                 x, step, at = quants + r * seen + g * size, steps + r * stride + g * STEP_BYTES, codes + g * step_bytes
                 if r == 0:
-                    ask_for(at + block, step_bytes)
+                    ask_for(at + BLOCKS_AHEAD * block, step_bytes)
                 exact = _products(codec, size, at, x, seen, step, stride)
                 scale = load_f32(units, j + (2 * g if codec == Q4 else g) * CACHED * 4)
                 a, b = _add(a, exact[0], scale, step), _add(b, exact[1], scale, step + stride)

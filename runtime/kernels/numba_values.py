@@ -13,7 +13,7 @@ from numba import njit
 from . import simd
 from . import words as w
 from .compiling import BARE
-from .numba_blocks import ask_for, decoded, find, is_direct, spread_scales
+from .numba_blocks import BLOCKS_AHEAD, ask_for, decoded, find, is_direct, spread_scales
 from .numba_codes import Q4
 from .numba_math import word
 from .numba_queries import rows_of
@@ -27,27 +27,28 @@ PLANES = 2 * CACHED  # bytes of a row's weights: high ones, then low ones; or on
 
 
 @njit(forceinline=True)
-def _invert(scales, start, stop, top, out):
-    """out = scales / the largest of those of tokens start .. stop - 1, in units of top. Returns what undoes that."""
+def _largest(scales, start, stop):
+    """The largest scale of a group of those of tokens start .. stop - 1."""
     largest = splat_f32(np.float32(0.0))
     for i in range(0, CACHED, 16):
         seen = keep_lanes(load_f32(scales, i * 4), start - i, stop - i, np.float32(0.0))
         largest = simd.larger_magnitude(largest, seen)
-    unit = simd.largest_magnitude(largest) / top
-    inverse = np.float32(1.0) / unit if unit > np.float32(0.0) else np.float32(0.0)
-    for i in range(0, CACHED, 16):
-        seen = keep_lanes(load_f32(scales, i * 4), start - i, stop - i, np.float32(0.0))
-        store_f32(out, i * 4, seen * inverse)
-    return unit
+    return simd.largest_magnitude(largest)
 
 
 @njit(forceinline=True)
-def _round(weights, scales, two, planes):
-    """Round weights times scales, and write their bytes, or their high and their low ones."""
+def _lift(top, largest):
+    """What scales are multiplied with so that the largest is `top`."""
+    return top / largest if largest > np.float32(0.0) else np.float32(0.0)
+
+
+@njit(forceinline=True)
+def _round(weights, scales, factor, two, planes):
+    """Round weights times scales times a factor, and write their bytes, or their high and their low ones."""
     for i in range(0, CACHED, 16):
         # At 1.5 * 2^23 a float's last bit counts ones.
-        x = fma(load_f32(weights, i * 4), load_f32(scales, i * 4), splat_f32(np.float32(12582912.0)))
-        bits = simd.f32_bits(x)
+        lifted = load_f32(weights, i * 4) * splat_f32(factor)
+        bits = simd.f32_bits(fma(lifted, load_f32(scales, i * 4), splat_f32(np.float32(12582912.0))))
         if two:
             simd.store_i32_as_i8(planes, i, bits >> 7)
             simd.store_i32_as_i8(planes, CACHED + i, bits & 127)
@@ -105,46 +106,65 @@ def _add_bases(weights, base, keep, share, sums):
 
 
 @njit(**BARE)
-def _exact_sums(job, area, result, codes, units, at, n, all_rows, sight):
-    """Add a block's values to rows at .. at + n - 1."""
+def _multiply_four(side, codes, planes, keep, factors, out):
+    """Add 32 columns' sums to four rows of the result."""
+    stride, width = word(side, w.SD_CODE_BYTES) * 4, word(side, w.SD_SEEN) * 4
+    if word(side, w.SD_CODEC) == Q4:
+        _multiply(True, False, codes, stride, planes, keep, factors, out, width)
+    elif word(side, w.SD_BYTES) == 2:
+        _multiply(False, True, codes, stride, planes, keep, factors, out, width)
+    else:
+        _multiply(False, False, codes, stride, planes, keep, factors, out, width)
+
+
+@njit(**BARE)
+def _round_group(job, area, scales, largest, all_rows, at, n, planes, worth, sight):
+    """Round the weights of rows at .. at + n - 1 for one group: planes (n, PLANES), and what a unit of them is worth.
+
+    largest: the largest of the group's scales in the block"""
     side = job + w.AT_VALUES * 8
-    width, size, is_q4 = word(side, w.SD_SEEN), word(side, w.SD_GROUP), word(side, w.SD_CODEC) == Q4
-    planes, own, row = area + word(job, w.AT_PLANES), area + word(job, w.AT_OWN), word(side, w.SD_CODE_BYTES)
-    keeps, shares = state_of(job, area, all_rows, 2) + at * 4, state_of(job, area, all_rows, 3) + at * 4
-    factors = state_of(job, area, all_rows, 1) + at * 4
-    weights, inverse = area + word(job, w.AT_SCORES) + at * CACHED * 4, own + CACHED * 4
+    weights, share = area + word(job, w.AT_SCORES) + at * CACHED * 4, state_of(job, area, all_rows, 3) + at * 4
     two, whole, rows = word(side, w.SD_BYTES) == 2, sees_all(job, sight), rows_of(job, sight[1])
     top = np.float32(16383.0) if two else np.float32(127.0)
-    for g in range(width // size):
-        scales = units + (2 * g if is_q4 else g) * CACHED * 4
-        unit = _invert(scales, 0, CACHED, top, inverse)
-        for r in range(n):
-            if whole:
-                _round(weights + r * CACHED * 4, inverse, two, planes + r * PLANES)
-                write_f32(factors, r * 4, unit * read_f32(shares, r * 4))
-            else:  # what others see must not matter
-                start, stop = sight_of(job, at + r, rows, sight)
-                factor = _invert(scales, start, stop, top, own)
-                _round(weights + r * CACHED * 4, own, two, planes + r * PLANES)
-                write_f32(factors, r * 4, factor * read_f32(shares, r * 4))
-        if is_q4:
-            for i in range(0, CACHED * 4, 64):
-                base = load_f32(scales, CACHED * 4 + i)
-                store_f32(scales, CACHED * 4 + i, fma(load_f32(scales, i), splat_f32(np.float32(8.0)), base))
-            bases = area + word(job, w.AT_BASES) + (g * all_rows + at) * 64
-            for r in range(n):
-                _add_bases(weights + r * CACHED * 4, scales + CACHED * 4, keeps + r * 4, shares + r * 4, bases + r * 64)
-        for d in range(g * size, (g + 1) * size, 32):
-            ask_for(codes + (row + d * row // width) * CACHED, 32 * row // width * CACHED)
-            columns, out = codes + d * 4 * row // width, result + (at * width + d) * 4
+    factor, unit = _lift(top, largest), largest / top
+    for r in range(n):
+        if not whole:  # what others see must not matter
+            start, stop = sight_of(job, at + r, rows, sight)
+            largest = _largest(scales, start, stop)
+            factor, unit = _lift(top, largest), largest / top
+        _round(weights + r * CACHED * 4, scales, factor, two, planes + r * PLANES)
+        write_f32(worth, r * 4, unit * read_f32(share, r * 4))
+
+
+@njit(**BARE)
+def _add_codes(job, area, result, codes, scales, first, n, all_rows, sight):
+    """Add a block's values, which are codes, to rows first .. first + n - 1. The weights of as many rows and groups as
+    ROUNDED are rounded before any is multiplied, so that no product waits for its weights."""
+    side = job + w.AT_VALUES * 8
+    width, size, is_q4 = word(side, w.SD_SEEN), word(side, w.SD_GROUP), word(side, w.SD_CODEC) == Q4
+    row, step = word(side, w.SD_CODE_BYTES), (2 if is_q4 else 1) * CACHED * 4
+    planes, worth = area + word(job, w.AT_PLANES), area + word(job, w.AT_WORTH)
+    weights = area + word(job, w.AT_SCORES) + first * CACHED * 4
+    keep, share = state_of(job, area, all_rows, 2) + first * 4, state_of(job, area, all_rows, 3) + first * 4
+    groups, together = width // size, max(1, w.ROUNDED // n)
+    for begin in range(0, groups, together):
+        end = min(begin + together, groups)
+        for g in range(begin, end):
+            scale, at = scales + g * step, (g - begin) * n
+            largest = _largest(scale, 0, CACHED)
+            _round_group(job, area, scale, largest, all_rows, first, n, planes + at * PLANES, worth + at * 4, sight)
+            if is_q4:
+                bases, base = area + word(job, w.AT_BASES) + (g * all_rows + first) * 64, scale + CACHED * 4
+                for i in range(0, CACHED * 4, 64):
+                    store_f32(base, i, fma(load_f32(scale, i), splat_f32(np.float32(8.0)), load_f32(base, i)))
+                for r in range(n):
+                    _add_bases(weights + r * CACHED * 4, base, keep + r * 4, share + r * 4, bases + r * 64)
+        for d in range(begin * size, end * size, 32):
+            at, column = (d // size - begin) * n, d * row // width
+            ask_for(codes + (BLOCKS_AHEAD * row + column) * CACHED, 32 * row // width * CACHED)
             for r in range(0, n, 4):
-                rounded, keep, factor, to = planes + r * PLANES, keeps + r * 4, factors + r * 4, out + r * width * 4
-                if is_q4:
-                    _multiply(True, False, columns, row * 4, rounded, keep, factor, to, width * 4)
-                elif two:
-                    _multiply(False, True, columns, row * 4, rounded, keep, factor, to, width * 4)
-                else:
-                    _multiply(False, False, columns, row * 4, rounded, keep, factor, to, width * 4)
+                rounded, out = planes + (at + r) * PLANES, result + ((first + r) * width + d) * 4
+                _multiply_four(side, codes + column * 4, rounded, keep + r * 4, worth + (at + r) * 4, out)
 
 
 @njit(**BARE)
@@ -158,7 +178,7 @@ def add_values(job, area, result, at, n, all_rows, kv_head, sight):
         codes, scales = find(job, side, head, block)
         units = area + word(job, w.AT_UNITS)
         spread_scales(side, scales, low - block, high - block, units)
-        _exact_sums(job, area, result, codes, units, at, n, all_rows, sight)
+        _add_codes(job, area, result, codes, units, at, n, all_rows, sight)
         return
     weights, out = area + word(job, w.AT_SCORES) + at * CACHED * 4, result + at * width * 4
     keep, share = state_of(job, area, all_rows, 2) + at * 4, state_of(job, area, all_rows, 3) + at * 4

@@ -8,6 +8,7 @@ from __future__ import annotations
 UNIT_ROWS, TOGETHER = 64, 16  # rows of a matrix that a pool unit computes; tokens that one prepares
 CACHED, SPAN = 64, 512  # cached tokens that attention takes at a time, and that it sums before it joins sums
 TILE = 16  # slots of the ring whose keys lie together
+ROUNDED = 16  # rows of a group of values whose weights are rounded before any is multiplied, unless there are more
 
 # A matrix product (numba_jobs.py): these, then MATRIX words for each matrix.
 N, WIDTH, X, X_STRIDE, PADDED, PADDED_STRIDE, QUANTS, SUMS, SCALES, WANTED, ADD, MATRICES, HEAD = range(13)
@@ -31,7 +32,7 @@ AT_Q, AT_Q_SINK, AT_K, AT_V, AT_COS, AT_SIN, AT_COS_SINK, AT_SIN_SINK, AT_OUT = 
 AT_FIRST, AT_TILE, AT_SETS, AT_RUNS, AT_PARTS, AT_PART_BYTES = range(17, 23)
 # A unit's scratch: AT_AREA + unit * AT_AREA_BYTES, and in it from these offsets on
 AT_AREA, AT_AREA_BYTES, AT_QUERY, AT_NEAR, AT_SHIFT, AT_QUANTS, AT_STEPS, AT_TOTAL, AT_PART = range(23, 32)
-AT_SCORES, AT_STATE, AT_BLOCK, AT_CODES, AT_FEATURES, AT_UNITS, AT_PLANES, AT_OWN, AT_BASES = range(32, 41)
+AT_SCORES, AT_STATE, AT_BLOCK, AT_CODES, AT_FEATURES, AT_UNITS, AT_PLANES, AT_WORTH, AT_BASES = range(32, 41)
 # Two sides: how the ring stores them, and how codes are decoded (see attention_jobs.py)
 AT_KEYS, AT_VALUES, AT_WORDS = 48, 72, 96
 SD_CODEC, SD_HEADS, SD_WIDTH, SD_PADDED, SD_GROUP, SD_CODE_BYTES, SD_SCALE_BYTES, SD_DATA, SD_SCALES = range(9)
