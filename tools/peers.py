@@ -13,15 +13,16 @@ import numpy as np
 from runtime.cli import UserError
 from runtime.ring.codecs import side_codecs
 
-PIECE = 512  # tokens that are read at a time to fill a context
+PIECE = 512  # tokens that are read to fill a context; all others are their copies
 _CACHE_TYPES = {"f32": 0, "f16": 1, "q8": 8, "q4": 3}  # GGML's; q4_1 has a scale and a base, as our q4
 
 
 class LlamaCpp:
     """A GGUF model under llama.cpp, called below the Python class of llama-cpp-python: what is timed is its own code.
 
-    ids of `before` are in the context when the measuring begins: read in pieces that do not see each other, as reading
-    them in one would take long and give no other speed. kv: the ring's codec, whose like the cache then has.
+    As many tokens as `before` has are in the context when the measuring begins: its first PIECE are read, and what is
+    cached of them is copied behind. To read all would take long, and speed does not depend on what keys and values are.
+    kv: the ring's codec, whose like the cache then has.
     Raises UserError if llama-cpp-python is not there, the file cannot be loaded, or it has no such cache.
     """
 
@@ -49,20 +50,54 @@ class LlamaCpp:
             raise UserError(f"{path}: llama.cpp cannot make a context of {n_ctx} tokens with a cache of {kv}")
         self.bits_per_weight = 8 * api.llama_model_size(self._model) / api.llama_model_n_params(self._model)
         self._depth = 0
-        memory = api.llama_get_memory(self._context)
-        for start in range(0, len(before), PIECE):
-            self._decode(before[start : start + PIECE], sequence=1)
-            api.llama_memory_seq_cp(memory, 1, 0, -1, -1)
-            api.llama_memory_seq_rm(memory, 1, -1, -1)
+        if before:
+            self._decode(before[:PIECE])
+        if len(before) > PIECE:
+            self._repeat(len(before), params)
 
-    def _decode(self, ids: Sequence[int] | np.ndarray, sequence: int = 0, scores: bool = False) -> None:
-        """Append tokens to what a sequence sees. scores: compute those of all tokens"""
+    def _repeat(self, depth: int, params: Any) -> None:
+        """Append what is cached of the first PIECE tokens, again and again, until there are `depth`.
+
+        Copies get positions of their own, but keys stay as they are. They are moved in a small context that never
+        decodes: one that does would first rotate them, and the library crashes there where the cache is quantised and
+        heads are not multiples of 64 numbers (github.com/ggml-org/llama.cpp/pull/25636).
+        """
+        api, memory = self._api, self._api.llama_get_memory(self._context)
+        params.n_ctx = PIECE
+        mover = api.llama_init_from_model(self._model, params)
+        if not mover:
+            raise RuntimeError(f"llama.cpp cannot make a second context, of {PIECE} tokens")
+        try:
+            moved = api.llama_get_memory(mover)
+            if not api.llama_memory_can_shift(moved):
+                raise RuntimeError("llama.cpp cannot move the tokens of this model")
+            self._copy(self._context, mover, 0)
+            for _ in range(PIECE, depth, PIECE):
+                api.llama_memory_seq_add(moved, 0, 0, -1, PIECE)
+                api.llama_memory_seq_rm(moved, 0, depth, -1)  # the last piece may be shorter
+                self._copy(mover, self._context, 1)  # a state replaces a sequence, it adds nothing to one
+                api.llama_memory_seq_cp(memory, 1, 0, -1, -1)  # in a unified cache a mark, no copy
+                api.llama_memory_seq_rm(memory, 1, -1, -1)
+        finally:
+            api.llama_free(mover)
+        self._depth = depth
+
+    def _copy(self, source: Any, target: Any, sequence: int) -> None:
+        """Replace a sequence of a context by sequence 0 of another one."""
+        size = self._api.llama_state_seq_get_size(source, 0)
+        state = (ctypes.c_uint8 * size)()
+        found = self._api.llama_state_seq_get_data(source, state, size, 0)
+        if not found or self._api.llama_state_seq_set_data(target, state, found, sequence) != found:
+            raise RuntimeError("llama.cpp could not copy the tokens that it has cached")
+
+    def _decode(self, ids: Sequence[int] | np.ndarray, scores: bool = False) -> None:
+        """Append tokens. scores: compute those of all tokens"""
         batch = self._api.llama_batch_init(len(ids), 0, 1)
         try:
             batch.n_tokens = len(ids)
             for i, token in enumerate(ids):
                 batch.token[i], batch.pos[i], batch.n_seq_id[i] = int(token), self._depth + i, 1
-                batch.seq_id[i][0], batch.logits[i] = sequence, scores
+                batch.seq_id[i][0], batch.logits[i] = 0, scores
             if self._api.llama_decode(self._context, batch):
                 raise RuntimeError("llama.cpp could not evaluate the tokens")
         finally:
