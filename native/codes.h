@@ -96,7 +96,7 @@ INLINE void butterfly(float *x, int32_t step) {
     UNROLL for (int p = 0; p < PARTS; p++) {
         int32_t numbers[LANES];
         for (int i = 0; i < LANES; i++) numbers[i] = p * LANES + i;
-        vi place = v_load_i32(numbers), minus = (place & step) != 0 & (int32_t)0x80000000;
+        vi place = v_load_i32(numbers), minus = ((place & step) != 0) & (int32_t)0x80000000;
         parts[p] = v_lookup16(x, place ^ step) + (vf)((vi)v_load(x + p * LANES) ^ minus);
     }
     UNROLL for (int p = 0; p < PARTS; p++) v_store(x + p * LANES, parts[p]);

@@ -32,7 +32,8 @@ INLINE void score_four(int codec, int size, int64_t groups, const uint8_t *codes
             four_dots(v, quants + half * 32, seen, exact);
         }
         vf scale = v_load(units + (codec == RING_Q4 ? 2 * g : g) * CACHED);
-        UNROLL for (int r = 0; r < 4; r++) sums[r] = v_fma(v_to_f32(exact[0][r] + exact[1][r]), scale * steps[r * groups].scale, sums[r]);
+        UNROLL for (int r = 0; r < 4; r++)
+            sums[r] = v_fma(v_to_f32(exact[0][r] + exact[1][r]), scale * steps[r * groups].scale, sums[r]);
         if (codec == RING_Q4) {
             vf base = v_load(units + (2 * g + 1) * CACHED);
             UNROLL for (int r = 0; r < 4; r++) sums[r] = v_fma(base, v_splat(steps[r * groups].sum), sums[r]);

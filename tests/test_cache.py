@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import zlib
 from typing import Any
 
@@ -318,6 +319,15 @@ def test_bad_arguments_are_refused() -> None:
     for n in (-1, 201):
         with pytest.raises(CacheError, match="cannot keep"):
             ring.trim(n)
+
+
+def test_a_kernel_without_large_pages_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mmap, "MADV_HUGEPAGE", -1, raising=False)  # an advice that no kernel knows
+    if hasattr(mmap.mmap, "madvise"):
+        with mmap.mmap(-1, 1) as raw, pytest.raises(OSError):
+            raw.madvise(-1)
+    ring = a_full_one()
+    assert ring.length > 0
 
 
 def test_bytes_for_each_token() -> None:

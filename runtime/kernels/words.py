@@ -8,7 +8,7 @@ from __future__ import annotations
 UNIT_ROWS, TOGETHER = 64, 16  # rows of a matrix that a pool unit computes; tokens that one prepares
 CACHED, SPAN = 64, 512  # cached tokens that attention takes at a time, and that it sums before it joins sums
 TILE = 16  # slots of the ring whose keys lie together
-ROUNDED = 16  # rows of a group of values whose weights are rounded before any is multiplied, unless there are more
+ROUNDED = 16  # rows times groups of values whose weights are rounded before any is multiplied, if rows are no more
 
 # A matrix product (numba_jobs.py): these, then MATRIX words for each matrix.
 N, WIDTH, X, X_STRIDE, PADDED, PADDED_STRIDE, QUANTS, SUMS, SCALES, WANTED, ADD, MATRICES, HEAD = range(13)

@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import mmap
 import re
+from contextlib import suppress
 
 import numpy as np
 
@@ -205,5 +206,6 @@ def _aligned(shape: tuple[int, ...], dtype: type) -> np.ndarray:
     flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
     raw = mmap.mmap(-1, max(1, count * np.dtype(dtype).itemsize), **flags)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        raw.madvise(mmap.MADV_HUGEPAGE)
+        with suppress(OSError):  # of a kernel without them
+            raw.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(raw, dtype, count).reshape(shape)
