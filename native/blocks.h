@@ -29,17 +29,10 @@ INLINE vf keep_lanes(vf x, int64_t lane, sight seen, float other) {
     return (vf)((inside & (vi)x) | (~inside & (vi)v_splat(other)));
 }
 
-// Scales of a block as (n, CACHED) floats, zero but for tokens that are seen; q4 has scale and base for each group.
-static void spread_scales(words side, const uint16_t *scales, sight seen, float *units) {
-    int64_t n = side[SD_SCALE_BYTES] / 2;
-    int whole = seen.start == 0 && seen.stop == CACHED;
-    ask_for(scales + BLOCKS_AHEAD * n * CACHED, n * CACHED * 2);
-    for (int64_t k = 0; k < CACHED; k += TILE)
-        for (int64_t i = 0; i < n; i++, scales += TILE)
-            UNROLL for (int64_t p = 0; p < TILE; p += LANES) {
-                vf x = v_load_f16(scales + p);
-                v_store(units + i * CACHED + k + p, whole ? x : keep_lanes(x, k + p, seen, 0.0f));
-            }
+// Ask for scales that will be read soon.
+INLINE void ask_for_scales(words side, const uint16_t *scales) {
+    int64_t block = side[SD_SCALE_BYTES] * CACHED;
+    ask_for((const char *)scales + BLOCKS_AHEAD * block, block);
 }
 
 // ==== Decoded ====

@@ -19,10 +19,10 @@ INLINE void four_dots(const vu codes[8], const int8_t *x, int64_t seen, vi exact
 
 // Scores of LANES tokens and four rows. size: numbers of a group; next: what to ask for, or null; tile: bytes of a group
 // of sixteen tokens
-INLINE void score_four(int codec, int size, int64_t groups, const uint8_t *codes, int64_t tile, const float *units,
+INLINE void score_four(int codec, int size, int64_t groups, const uint8_t *codes, int64_t tile, const uint16_t *scales,
                        const int8_t *quants, int64_t seen, const query_step *steps, const uint8_t *next, float *scores) {
     vf sums[4] = {{0}};
-    for (int64_t g = 0; g < groups; g++, codes += tile, quants += size, steps++) {
+    for (int64_t g = 0; g < groups; g++, codes += tile, scales += TILE, quants += size, steps++) {
         vi exact[2][4] = {{{0}}};
         vu v[8];
         if (next) ask_for(next + g * tile, tile);
@@ -31,35 +31,37 @@ INLINE void score_four(int codec, int size, int64_t groups, const uint8_t *codes
             load_codes(codec, codes + half * 512, v);
             four_dots(v, quants + half * 32, seen, exact);
         }
-        vf scale = v_load(units + (codec == RING_Q4 ? 2 * g : g) * CACHED);
+        vf scale = v_load_f16(scales);
         UNROLL for (int r = 0; r < 4; r++)
             sums[r] = v_fma(v_to_f32(exact[0][r] + exact[1][r]), scale * steps[r * groups].scale, sums[r]);
         if (codec == RING_Q4) {
-            vf base = v_load(units + (2 * g + 1) * CACHED);
+            vf base = v_load_f16(scales += TILE);
             UNROLL for (int r = 0; r < 4; r++) sums[r] = v_fma(base, v_splat(steps[r * groups].sum), sums[r]);
         }
     }
     UNROLL for (int r = 0; r < 4; r++) v_store(scores + r * CACHED, sums[r]);
 }
 
-// scores[r, j] = rounded row r times token j of a block, for all tokens. n: rows, in fours
-static void exact_scores(words side, const uint8_t *codes, const float *units, int64_t n, const int8_t *quants,
-                         const query_step *steps, float *scores) {
+// scores[r, j] = rounded row r times token j of a block, for all tokens; those of tokens that are not there may be no
+// numbers. n: rows, in fours
+static void exact_scores(words side, lines_of_block x, int64_t n, const int8_t *quants, const query_step *steps,
+                         float *scores) {
     int64_t seen = side[SD_SEEN], size = side[SD_GROUP], groups = seen / size, block = side[SD_CODE_BYTES] * CACHED;
-    int64_t tile = block / (CACHED / TILE * groups);
+    int64_t tile = block / (CACHED / TILE * groups), n_scales = side[SD_SCALE_BYTES] / 2;
     for (int64_t j = 0; j < CACHED; j += LANES) {
-        const uint8_t *lines = codes + j / TILE * groups * tile + j % TILE * 4;
+        const uint8_t *lines = x.codes + j / TILE * groups * tile + j % TILE * 4;
+        const uint16_t *scales = x.scales + j / TILE * n_scales * TILE + j % TILE;
         for (int64_t r = 0; r < n; r += 4) {
             const uint8_t *next = r == 0 && j % TILE == 0 ? lines + BLOCKS_AHEAD * block : 0;
-            const int8_t *x = quants + r * seen;
+            const int8_t *row = quants + r * seen;
             const query_step *step = steps + r * groups;
             float *out = scores + r * CACHED + j;
             if (side[SD_CODEC] == RING_Q4)
-                score_four(RING_Q4, 32, groups, lines, tile, units + j, x, seen, step, next, out);
+                score_four(RING_Q4, 32, groups, lines, tile, scales, row, seen, step, next, out);
             else if (size == 64)
-                score_four(RING_Q8, 64, groups, lines, tile, units + j, x, seen, step, next, out);
+                score_four(RING_Q8, 64, groups, lines, tile, scales, row, seen, step, next, out);
             else
-                score_four(RING_Q8, 32, groups, lines, tile, units + j, x, seen, step, next, out);
+                score_four(RING_Q8, 32, groups, lines, tile, scales, row, seen, step, next, out);
         }
     }
 }
@@ -73,9 +75,8 @@ static void score(words job, float *area, float *queries, int near, int64_t r, i
     if (keys[SD_INT8]) {
         lines_of_block lines = find_lines(job, keys, head, t->block);
         int64_t row = (near ? rows_of_task(job, t) : 0) + r;
-        float *units = in(area, job[AT_UNITS]);
-        spread_scales(keys, lines.scales, (sight){t->low - t->block, t->high - t->block}, units);
-        exact_scores(keys, lines.codes, units, n, row_quants(job, queries, row), row_steps(job, queries, row), scores);
+        ask_for_scales(keys, lines.scales);
+        exact_scores(keys, lines, n, row_quants(job, queries, row), row_steps(job, queries, row), scores);
         return;
     }
     const float *rows = in(queries, job[near ? AT_NEAR : AT_QUERY]) + r * width;

@@ -7,28 +7,92 @@ enum { WITHIN = LANES == 8 ? 2 : 4 };  // rows that are summed at once: as many 
 
 INLINE int has_bases(words side) { return side[SD_INT8] && side[SD_CODEC] == RING_Q4; }
 
-// Floats from the scales of a group to those of the next.
-INLINE int64_t scales_step(words side) { return has_bases(side) ? 2 * CACHED : CACHED; }
+// ==== Weights are rounded ====
 
-// The largest scale of a group of those that are seen.
-INLINE float largest_scale(const float *scales, int whole, sight seen) {
-    vf largest = v_splat(0.0f);
-    UNROLL for (int64_t i = 0; i < CACHED; i += LANES) {
-        vf x = v_load(scales + i);
-        largest = v_larger(largest, whole ? x : keep_lanes(x, i, seen, 0.0f));
+enum { PER_BLOCK = CACHED / LANES };  // vectors of what each token of a block has one of
+
+// Of one group, for a block's tokens: scales, and what is to be added to the products with codes.
+typedef struct { vf scales[PER_BLOCK], bases[PER_BLOCK]; } group_units;
+
+// What scales are multiplied with before weights times scales are rounded, and what a unit of a rounded one is worth.
+typedef struct { float factor, unit; } lift;
+
+// The scales of group g of a block, zero but for tokens that are seen. q4 has a base after each scale.
+INLINE group_units read_units(words side, const uint16_t *scales, int64_t g, int whole, sight seen) {
+    int64_t n = side[SD_SCALE_BYTES] / 2, number = has_bases(side) ? 2 * g : g;
+    group_units units;
+    UNROLL for (int64_t i = 0; i < PER_BLOCK; i++) {
+        int64_t lane = i * LANES;
+        const uint16_t *from = scales + (lane / TILE * n + number) * TILE + lane % TILE;
+        vf scale = v_load_f16(from), base = scale;
+        if (has_bases(side)) base = v_fma(scale, v_splat(8.0f), v_load_f16(from + TILE));  // codes are taken less 8
+        units.scales[i] = whole ? scale : keep_lanes(scale, lane, seen, 0.0f);
+        units.bases[i] = whole ? base : keep_lanes(base, lane, seen, 0.0f);
     }
-    return largest_magnitude(largest);
+    return units;
 }
 
-// Round weights times scales times a factor, and write their bytes, or their high and their low ones.
-INLINE void round_weights(const float *weights, const float *scales, float factor, int two, int8_t *planes) {
-    UNROLL for (int64_t i = 0; i < CACHED; i += LANES) {
-        // At 1.5 * 2^23 a float's last bit counts ones.
-        vi bits = (vi)v_fma(v_load(weights + i) * factor, v_load(scales + i), v_splat(12582912.0f));
-        v_store_i8(planes + i, two ? bits >> 7 : bits);
-        if (two) v_store_i8(planes + CACHED + i, bits & 127);
+// For the largest scale of those that are seen to become the largest number that weights are rounded to.
+INLINE lift find_lift(words side, const group_units *units, int whole, sight seen) {
+    vf top = v_splat(0.0f);
+    UNROLL for (int i = 0; i < PER_BLOCK; i++) {
+        vf scale = units->scales[i];
+        top = v_larger(top, whole ? scale : keep_lanes(scale, i * LANES, seen, 0.0f));
+    }
+    float largest = largest_magnitude(top), most = side[SD_BYTES] == 2 ? 16383.0f : 127.0f;
+    return (lift){largest > 0.0f ? most / largest : 0.0f, largest / most};
+}
+
+// Round n rows' weights times scales, and write their bytes, or their high and their low ones; where there are bases, add
+// weights times bases to sums in sixteen lanes: sums = sums * keep + share * products.
+INLINE void round_weights(int two, int based, const float *weights, int64_t n, const group_units *units, const float *keep,
+                       const float *share, float *sums, int8_t *planes) {
+    group_units u = *units;  // in registers: bytes are written that might be anything else
+    for (int64_t r = 0; r < n; r++, weights += CACHED, planes += PLANES, sums += 16) {
+        f32x16 total = splat16(0.0f);
+        UNROLL for (int i = 0; i < PER_BLOCK; i++) {
+            // At 1.5 * 2^23 a float's last bit counts ones.
+            vf x = v_load(weights + i * LANES);
+            vi bits = (vi)v_fma(x, u.scales[i], v_splat(12582912.0f));
+            v_store_i8(planes + i * LANES, two ? bits >> 7 : bits);
+            if (two) v_store_i8(planes + CACHED + i * LANES, bits & 127);
+            if (based) total.v[i % PARTS] = v_fma(x, u.bases[i], total.v[i % PARTS]);
+        }
+        if (!based) continue;
+        total = fma16(total, splat16(share[r]), mul16(load16(sums), splat16(keep[r])));
+        UNROLL for (int p = 0; p < PARTS; p++) v_store(sums + p * LANES, total.v[p]);
     }
 }
+
+// Round the weights of rows first .. first + n - 1 for group g: planes (n, PLANES), and what a unit of them is worth.
+// lifted: for rows that see all of the block
+INLINE void round_group(words job, float *area, const uint16_t *scales, int64_t g, lift lifted, int64_t first, int64_t n,
+                        int8_t *planes, float *worth, const task *t) {
+    words side = job + AT_VALUES;
+    int64_t all_rows = rows_of_task(job, t), rows = rows_of_tokens(job, t->tokens);
+    const float *weights = in(area, job[AT_SCORES]) + first * CACHED;
+    row_state state = state_of(job, area, all_rows);
+    const float *keep = state.keep + first, *share = state.share + first;
+    float *sums = in(area, job[AT_BASES]) + (g * all_rows + first) * 16;
+    int whole = sees_all(job, t);
+    group_units units = read_units(side, scales, g, whole, (sight){t->low - t->block, t->high - t->block});
+    for (int64_t r = 0, some = whole ? n : 1; r < n; r += some) {
+        if (!whole) lifted = find_lift(side, &units, 0, sight_of(job, first + r, rows, t));  // what others see must not matter
+        for (int64_t k = r; k < r + some; k++) worth[k] = lifted.unit * share[k];
+        group_units u = units;
+        UNROLL for (int i = 0; i < PER_BLOCK; i++) u.scales[i] *= lifted.factor;
+        const float *x = weights + r * CACHED;
+        int8_t *to = planes + r * PLANES;
+        if (has_bases(side))
+            round_weights(0, 1, x, some, &u, keep + r, share + r, sums + r * 16, to);
+        else if (side[SD_BYTES] == 2)
+            round_weights(1, 0, x, some, &u, 0, 0, 0, to);
+        else
+            round_weights(0, 0, x, some, &u, 0, 0, 0, to);
+    }
+}
+
+// ==== Products ====
 
 // Add 2 LANES columns' sums, LANES from each of two halves of 32, to some rows of the result. two: bytes of a weight
 // codes: of q8 bytes, of q4 the halves of bytes, less 8, so that errors of weights mostly cancel; stride: from four
@@ -74,67 +138,33 @@ static void multiply_four(words side, const uint8_t *codes, const int8_t *planes
         }
 }
 
-// sums = sums * keep + share * the products of a row's weights with bases, in sixteen lanes.
-INLINE void add_bases(const float *weights, const float *base, float keep, float share, float *sums) {
-    f32x16 total = splat16(0.0f), past = load16(sums);
-    UNROLL for (int64_t i = 0; i < CACHED; i += 16) total = fma16(load16(weights + i), load16(base + i), total);
-    total = fma16(total, splat16(share), mul16(past, splat16(keep)));
-    UNROLL for (int p = 0; p < PARTS; p++) v_store(sums + p * LANES, total.v[p]);
-}
-
-// What scales are multiplied with so that the largest is `top`.
-INLINE float lift(float top, float largest) { return largest > 0.0f ? top / largest : 0.0f; }
-
-// Round the weights of rows first .. first + n - 1 for one group: planes (n, PLANES), and what a unit of them is worth.
-// largest: the largest of the group's scales in the block
-static void round_group(words job, float *area, const float *scales, float largest, int64_t first, int64_t n,
-                        int8_t *planes, float *worth, const task *t) {
+// Add a block's values, which are codes, to rows first .. first + n - 1. The weights of as many rows and groups as ROUNDED
+// are rounded before any is multiplied, so that no product waits for its weights, and no weight for its group's lift.
+static void add_codes(words job, float *area, lines_of_block x, int64_t first, int64_t n, float *out, const task *t) {
     words side = job + AT_VALUES;
-    const float *weights = in(area, job[AT_SCORES]) + first * CACHED;
-    const float *share = state_of(job, area, rows_of_task(job, t)).share + first;
-    int64_t rows = rows_of_tokens(job, t->tokens);
-    int whole = sees_all(job, t), two = side[SD_BYTES] == 2;
-    float top = two ? 16383.0f : 127.0f, factor = lift(top, largest), unit = largest / top;
-    for (int64_t r = 0; r < n; r++, weights += CACHED, planes += PLANES) {
-        if (!whole) {  // what others see must not matter
-            largest = largest_scale(scales, 0, sight_of(job, first + r, rows, t));
-            factor = lift(top, largest), unit = largest / top;
-        }
-        round_weights(weights, scales, factor, two, planes);
-        worth[r] = unit * share[r];
-    }
-}
-
-// Add a block's values, which are codes, to rows first .. first + n - 1. The weights of as many rows and groups as ROUNDED are
-// rounded before any is multiplied, so that no product waits for its weights.
-static void add_codes(words job, float *area, const uint8_t *codes, float *scales, int64_t first, int64_t n, float *out,
-                      const task *t) {
-    words side = job + AT_VALUES;
-    int64_t all_rows = rows_of_task(job, t), width = side[SD_SEEN], size = side[SD_GROUP], groups = width / size;
-    int64_t row_bytes = side[SD_CODE_BYTES], step = scales_step(side), together = max_of(1, ROUNDED / n);
+    int64_t width = side[SD_SEEN], size = side[SD_GROUP], groups = width / size, row_bytes = side[SD_CODE_BYTES];
+    int64_t together = max_of(1, ROUNDED / n);
     int8_t *planes = (int8_t *)in(area, job[AT_PLANES]);
-    float *weights = in(area, job[AT_SCORES]) + first * CACHED, *worth = in(area, job[AT_WORTH]);
-    row_state state = state_of(job, area, all_rows);
-    const float *keep = state.keep + first, *share = state.share + first;
+    float *worth = in(area, job[AT_WORTH]);
+    lift *lifts = (lift *)in(area, job[AT_LIFTS]);
+    const float *keep = state_of(job, area, rows_of_task(job, t)).keep + first;
+    ask_for_scales(side, x.scales);
     for (int64_t start = 0; start < groups; start += together) {
         int64_t stop = min_of(start + together, groups);
         for (int64_t g = start; g < stop; g++) {
-            float *scale = scales + g * step, largest = largest_scale(scale, 1, (sight){0, CACHED});
+            group_units units = read_units(side, x.scales, g, 1, (sight){0, CACHED});
+            lifts[g - start] = find_lift(side, &units, 1, (sight){0, CACHED});
+        }
+        for (int64_t g = start; g < stop; g++) {
             int64_t at = (g - start) * n;
-            round_group(job, area, scale, largest, first, n, planes + at * PLANES, worth + at, t);
-            if (!has_bases(side)) continue;
-            float *bases = in(area, job[AT_BASES]) + (g * all_rows + first) * 16;
-            for (int64_t i = 0; i < CACHED; i += LANES)
-                v_store(scale + CACHED + i, v_fma(v_load(scale + i), v_splat(8.0f), v_load(scale + CACHED + i)));
-            for (int64_t r = 0; r < n; r++)
-                add_bases(weights + r * CACHED, scale + CACHED, keep[r], share[r], bases + r * 16);
+            round_group(job, area, x.scales, g, lifts[g - start], first, n, planes + at * PLANES, worth + at, t);
         }
         for (int64_t d = start * size; d < stop * size; d += 32) {
             int64_t at = (d / size - start) * n, column = d * row_bytes / width;
-            ask_for(codes + (BLOCKS_AHEAD * row_bytes + column) * CACHED, 32 * row_bytes / width * CACHED);
+            ask_for(x.codes + (BLOCKS_AHEAD * row_bytes + column) * CACHED, 32 * row_bytes / width * CACHED);
             for (int64_t r = 0; r < n; r += 4) {
                 const int8_t *rounded = planes + (at + r) * PLANES;
-                multiply_four(side, codes + column * 4, rounded, keep + r, worth + at + r, out + r * width + d);
+                multiply_four(side, x.codes + column * 4, rounded, keep + r, worth + at + r, out + r * width + d);
             }
         }
     }
@@ -149,10 +179,7 @@ static void add_values(words job, float *area, float *result, int64_t first, int
     const float *keep = state.keep + first, *share = state.share + first;
     int64_t start = t->low - t->block, stop = t->high - t->block;
     if (side[SD_INT8]) {
-        lines_of_block lines = find_lines(job, side, head, t->block);
-        float *units = in(area, job[AT_UNITS]);
-        spread_scales(side, lines.scales, (sight){start, stop}, units);
-        add_codes(job, area, lines.codes, units, first, n, out, t);
+        add_codes(job, area, find_lines(job, side, head, t->block), first, n, out, t);
     } else if (is_direct(side, n)) {
         const void *x = find_lines(job, side, head, t->block).codes;
         weigh_f16(weights, n, keep, share, x, start, stop, width, out);

@@ -32,7 +32,7 @@ enum { AT_N, AT_HEADS, AT_KV_HEADS, AT_HEAD_DIM, AT_SLOTS, AT_WINDOW, AT_CLOCK, 
 enum { AT_Q = 8, AT_Q_SINK, AT_K, AT_V, AT_COS, AT_SIN, AT_COS_SINK, AT_SIN_SINK, AT_OUT };
 enum { AT_FIRST = 17, AT_TILE, AT_SETS, AT_RUNS, AT_PARTS, AT_PART_BYTES };
 enum { AT_AREA = 23, AT_AREA_BYTES, AT_QUERY, AT_NEAR, AT_SHIFT, AT_QUANTS, AT_STEPS, AT_TOTAL, AT_PART };
-enum { AT_SCORES = 32, AT_STATE, AT_BLOCK, AT_CODES, AT_FEATURES, AT_UNITS, AT_PLANES, AT_WORTH, AT_BASES };
+enum { AT_SCORES = 32, AT_STATE, AT_BLOCK, AT_CODES, AT_FEATURES, AT_LIFTS, AT_PLANES, AT_WORTH, AT_BASES };
 // The clock of a ring: tokens in it, and how many of the first stay.
 enum { LENGTH, SINKS };
 // Two sides: how the ring stores them, and how codes are decoded.

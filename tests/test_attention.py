@@ -281,6 +281,22 @@ def test_it_does_not_matter_where_in_the_ring_a_token_lies(compiled: str, codec:
 # ---- appending --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("codec", [*CODECS, "k=q8,v=q4"])
+def test_what_memory_held_before_does_not_matter(int8_kernels: Kernels, codec: str) -> None:
+    """Slots that no token has taken yet may hold scales that are no numbers."""
+    for length, n in ((20, 1), (20, 7), (1290, 1)):
+        found = []
+        for byte in (0, 255):
+            ring = KVRing(config_of((8, 2, 64)), 1400, 64, 4, codec=codec)
+            for plane in (ring.layers[0].keys, ring.layers[0].values):
+                plane.codes.view(np.uint8)[:] = plane.scales.view(np.uint8)[:] = byte
+            fill(ring, int8_kernels, length + n)
+            ring.length = length
+            q = np.random.default_rng(7).standard_normal((n, 8 * 64)).astype(np.float32)
+            found.append(attend(int8_kernels, ring, q, q))
+        np.testing.assert_array_equal(found[0], found[1])
+
+
 @pytest.mark.parametrize("codec", CODECS)
 def test_backends_store_the_same_bits(codec: str, compiled: str) -> None:
     """Numbers of every size, groups of one value, zeros, and numbers too large for float16."""

@@ -131,7 +131,7 @@ class _LayerJob:
             w.AT_CODES: w.CACHED * max(self.keys[w.SD_PADDED], self.values[w.SD_PADDED]),
             w.AT_FEATURES: max(w.CACHED * features, rows * head_dim),
             w.AT_BLOCK: (w.CACHED + 4) * seen,
-            w.AT_UNITS: w.CACHED * max(self.keys[w.SD_SCALE_BYTES], self.values[w.SD_SCALE_BYTES]),
+            w.AT_LIFTS: 2 * w.ROUNDED,
             w.AT_PLANES: (all_rows + w.ROUNDED) * w.CACHED // 2,
             w.AT_WORTH: all_rows + w.ROUNDED,
             w.AT_BASES: all_rows * self.values[w.SD_PADDED] // 2,

@@ -5,10 +5,8 @@ A block is CACHED tokens that begin at a multiple of CACHED. It lies in the ring
 
 from __future__ import annotations
 
-import numpy as np
 from numba import njit
 
-from . import simd
 from . import words as w
 from .compiling import BARE
 from .numba_codes import F16
@@ -16,8 +14,8 @@ from .numba_math import gelu, gelu_tanh, word
 from .numba_ring import codes_at, expand, rotate, scales_at, slot_of
 from .numba_tiles import dots
 from .simd import load_f32, store_f32
-from .simd_tiles import keep_lanes, prefetch_far
-from .words import CACHED, TILE
+from .simd_tiles import prefetch_far
+from .words import CACHED
 
 BLOCKS_AHEAD = 2  # from a block that is read to the one that is asked for
 
@@ -39,18 +37,11 @@ def ask_for(address, count):
         prefetch_far(address, i)
 
 
-@njit(**BARE)
-def spread_scales(side, scales, start, stop, units):
-    """Scales of a block as (n, CACHED) float32, zero but for tokens start .. stop - 1; q4 has scale and base for each
-    group."""
-    n = word(side, w.SD_SCALE_BYTES) // 2
-    ask_for(scales + BLOCKS_AHEAD * n * CACHED * 2, n * CACHED * 2)
-    for k in range(0, CACHED, TILE):
-        for i in range(n):
-            x = simd.load_f16_as_f32(scales, (k * n + i * TILE) * 2)
-            if start > 0 or stop < CACHED:
-                x = keep_lanes(x, start - k, stop - k, np.float32(0.0))
-            store_f32(units, (i * CACHED + k) * 4, x)
+@njit(forceinline=True)
+def ask_for_scales(side, scales):
+    """Ask for scales that will be read soon."""
+    block = word(side, w.SD_SCALE_BYTES) * CACHED
+    ask_for(scales + BLOCKS_AHEAD * block, block)
 
 
 # ==== Decoded ====

@@ -12,12 +12,12 @@ from numba import njit
 from . import simd
 from . import words as w
 from .compiling import BARE
-from .numba_blocks import BLOCKS_AHEAD, ask_for, decoded, find, is_direct, spread_scales
+from .numba_blocks import BLOCKS_AHEAD, ask_for, ask_for_scales, decoded, find, is_direct
 from .numba_codes import Q4
 from .numba_math import word
 from .numba_queries import STEP_BYTES, rounded
 from .numba_tiles import dots, dots_f16
-from .simd import dot4_i8, fma, load_f32, load_u8, read_f32, read_i32, splat_f32, splat_i32, splat_quad, to_f32
+from .simd import dot4_i8, fma, load_u8, read_f32, read_i32, splat_f32, splat_i32, splat_quad, to_f32
 from .words import CACHED, TILE
 
 
@@ -84,10 +84,11 @@ def _add_base(before, base, step):
 
 
 @njit(**BARE)
-def _exact_scores(side, codes, units, n, quants, steps, scores):
-    """scores[r, j] = rounded row r times token j of a block, for all tokens. n: rows, in fours"""
+def _exact_scores(side, codes, scales, n, quants, steps, scores):
+    """scores[r, j] = rounded row r times token j of a block, for all tokens; those of tokens that are not there may be
+    no numbers. n: rows, in fours"""
     seen, size, codec = word(side, w.SD_SEEN), word(side, w.SD_GROUP), word(side, w.SD_CODEC)
-    groups, block = seen // size, word(side, w.SD_CODE_BYTES) * CACHED
+    groups, block, per_group = seen // size, word(side, w.SD_CODE_BYTES) * CACHED, 2 if codec == Q4 else 1
     stride, step_bytes = groups * STEP_BYTES, block // (CACHED // TILE * groups)  # of a group of sixteen tokens
     zero = splat_f32(np.float32(0.0))
     for j in range(0, CACHED * 4, TILE * 4):
@@ -98,11 +99,11 @@ def _exact_scores(side, codes, units, n, quants, steps, scores):
                 if r == 0:
                     ask_for(at + BLOCKS_AHEAD * block, step_bytes)
                 exact = _products(codec, size, at, x, seen, step, stride)
-                scale = load_f32(units, j + (2 * g if codec == Q4 else g) * CACHED * 4)
+                scale = simd.load_f16_as_f32(scales, per_group * g * TILE * 2)
                 a, b = _add(a, exact[0], scale, step), _add(b, exact[1], scale, step + stride)
                 c, d = _add(c, exact[2], scale, step + 2 * stride), _add(d, exact[3], scale, step + 3 * stride)
                 if codec == Q4:
-                    base = load_f32(units, j + (2 * g + 1) * CACHED * 4)
+                    base = simd.load_f16_as_f32(scales, (2 * g + 1) * TILE * 2)
                     a, b = _add_base(a, base, step), _add_base(b, base, step + stride)
                     c, d = _add_base(c, base, step + 2 * stride), _add_base(d, base, step + 3 * stride)
             out = scores + r * CACHED * 4 + j
@@ -110,7 +111,7 @@ def _exact_scores(side, codes, units, n, quants, steps, scores):
             simd.store_f32(out, CACHED * 4, b)
             simd.store_f32(out, CACHED * 8, c)
             simd.store_f32(out, CACHED * 12, d)
-        codes += groups * step_bytes
+        codes, scales = codes + groups * step_bytes, scales + per_group * groups * TILE * 2
 
 
 @njit(**BARE)
@@ -124,10 +125,9 @@ def score(job, area, queries, near, all_rows, at, n, kv_head, block, low, high):
     head = kv_head if word(keys, w.SD_HEADS) > 1 else 0
     if word(keys, w.SD_INT8):
         codes, scales = find(job, keys, head, block)
-        units = area + word(job, w.AT_UNITS)
-        spread_scales(keys, scales, low - block, high - block, units)
+        ask_for_scales(keys, scales)
         quants, steps = rounded(job, queries, (all_rows if near else 0) + at)
-        _exact_scores(keys, codes, units, n, quants, steps, scores)
+        _exact_scores(keys, codes, scales, n, quants, steps, scores)
         return
     rows = queries + word(job, w.AT_NEAR if near else w.AT_QUERY) + at * width * 4
     start = (low - block) // 4 * 4

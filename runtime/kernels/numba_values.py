@@ -13,7 +13,7 @@ from numba import njit
 from . import simd
 from . import words as w
 from .compiling import BARE
-from .numba_blocks import BLOCKS_AHEAD, ask_for, decoded, find, is_direct, spread_scales
+from .numba_blocks import BLOCKS_AHEAD, ask_for, ask_for_scales, decoded, find, is_direct
 from .numba_codes import Q4
 from .numba_math import word
 from .numba_queries import rows_of
@@ -21,39 +21,114 @@ from .numba_tiles import add_scaled, weigh, weigh_f16
 from .numba_weights import sees_all, sight_of, state_of
 from .simd import dot4, fma, load_f32, load_u8, read_f32, splat_f32, splat_i32, splat_quad, store_f32, to_f32, write_f32
 from .simd_tiles import keep_lanes
-from .words import CACHED
+from .words import CACHED, TILE
 
 PLANES = 2 * CACHED  # bytes of a row's weights: high ones, then low ones; or one for each
+_ZERO = np.float32(0.0)
+
+
+# ==== Weights are rounded ====
 
 
 @njit(forceinline=True)
-def _largest(scales, start, stop):
-    """The largest scale of a group of those of tokens start .. stop - 1."""
-    largest = splat_f32(np.float32(0.0))
-    for i in range(0, CACHED, 16):
-        seen = keep_lanes(load_f32(scales, i * 4), start - i, stop - i, np.float32(0.0))
-        largest = simd.larger_magnitude(largest, seen)
-    return simd.largest_magnitude(largest)
+def _per_token(scales, number, n, whole, start, stop):
+    """What a block's tokens have as number `number` of n: four vectors, zero but for tokens start .. stop - 1."""
+    at = scales + number * TILE * 2
+    a, b = simd.load_f16_as_f32(at, 0), simd.load_f16_as_f32(at, n * TILE * 2)
+    c, d = simd.load_f16_as_f32(at, 2 * n * TILE * 2), simd.load_f16_as_f32(at, 3 * n * TILE * 2)
+    return (a, b, c, d) if whole else _kept((a, b, c, d), start, stop)
 
 
 @njit(forceinline=True)
-def _lift(top, largest):
-    """What scales are multiplied with so that the largest is `top`."""
-    return top / largest if largest > np.float32(0.0) else np.float32(0.0)
+def _kept(x, start, stop):
+    """What tokens start .. stop - 1 have, and zeros."""
+    a, b = keep_lanes(x[0], start, stop, _ZERO), keep_lanes(x[1], start - 16, stop - 16, _ZERO)
+    return a, b, keep_lanes(x[2], start - 32, stop - 32, _ZERO), keep_lanes(x[3], start - 48, stop - 48, _ZERO)
 
 
 @njit(forceinline=True)
-def _round(weights, scales, factor, two, planes):
-    """Round weights times scales times a factor, and write their bytes, or their high and their low ones."""
-    for i in range(0, CACHED, 16):
-        # At 1.5 * 2^23 a float's last bit counts ones.
-        lifted = load_f32(weights, i * 4) * splat_f32(factor)
-        bits = simd.f32_bits(fma(lifted, load_f32(scales, i * 4), splat_f32(np.float32(12582912.0))))
-        if two:
-            simd.store_i32_as_i8(planes, i, bits >> 7)
-            simd.store_i32_as_i8(planes, CACHED + i, bits & 127)
-        else:
-            simd.store_i32_as_i8(planes, i, bits)
+def _bases(scales, bases):
+    """What is added to products with q4 codes: these are taken less 8."""
+    eight = splat_f32(np.float32(8.0))
+    a, b = fma(scales[0], eight, bases[0]), fma(scales[1], eight, bases[1])
+    return a, b, fma(scales[2], eight, bases[2]), fma(scales[3], eight, bases[3])
+
+
+@njit(forceinline=True)
+def _find_lift(side, scales):
+    """For the largest scale to become the largest number that weights are rounded to: what scales are multiplied with
+    before weights times scales are rounded, and what a unit of a rounded one is worth."""
+    larger = simd.larger_magnitude
+    # The first is compared with zero, or else a NaN would be taken for what it is not.
+    top = larger(larger(scales[0], splat_f32(_ZERO)), scales[1])
+    largest = simd.largest_magnitude(larger(larger(top, scales[2]), scales[3]))
+    most = np.float32(16383.0) if word(side, w.SD_BYTES) == 2 else np.float32(127.0)
+    return most / largest if largest > _ZERO else _ZERO, largest / most
+
+
+@njit(forceinline=True)
+def _round(weights, scales, two, planes, at):
+    """Round sixteen weights times scales, and write their bytes, or their high and their low ones."""
+    # At 1.5 * 2^23 a float's last bit counts ones.
+    bits = simd.f32_bits(fma(weights, scales, splat_f32(np.float32(12582912.0))))
+    if two:
+        simd.store_i32_as_i8(planes, at, bits >> 7)
+        simd.store_i32_as_i8(planes, CACHED + at, bits & 127)
+    else:
+        simd.store_i32_as_i8(planes, at, bits)
+
+
+@njit(forceinline=True)
+def _round_rows(weights, n, scales, factor, two, planes):
+    """Round n rows' weights times scales times a factor."""
+    lift = splat_f32(factor)
+    a, b, c, d = scales[0] * lift, scales[1] * lift, scales[2] * lift, scales[3] * lift
+    for r in range(n):
+        x, to = weights + r * CACHED * 4, planes + r * PLANES
+        _round(load_f32(x, 0), a, two, to, 0)
+        _round(load_f32(x, 64), b, two, to, 16)
+        _round(load_f32(x, 128), c, two, to, 32)
+        _round(load_f32(x, 192), d, two, to, 48)
+
+
+@njit(forceinline=True)
+def _add_bases(weights, n, bases, keep, share, sums):
+    """sums = sums * keep + share * the products of n rows' weights with bases, in sixteen lanes."""
+    for r in range(n):
+        x = weights + r * CACHED * 4
+        total = fma(load_f32(x, 0), bases[0], splat_f32(_ZERO))
+        total = fma(load_f32(x, 128), bases[2], fma(load_f32(x, 64), bases[1], total))
+        total = fma(load_f32(x, 192), bases[3], total)
+        past = load_f32(sums, r * 64) * splat_f32(read_f32(keep, r * 4))
+        store_f32(sums, r * 64, fma(total, splat_f32(read_f32(share, r * 4)), past))
+
+
+@njit(**BARE)
+def _round_group(job, area, scales, g, lift, at, n, all_rows, planes, worth, sight):
+    """Round the weights of rows at .. at + n - 1 for group g: planes (n, PLANES), and what a unit of them is worth.
+
+    lift: for rows that see all of the block"""
+    side = job + w.AT_VALUES * 8
+    weights, rows = area + word(job, w.AT_SCORES) + at * CACHED * 4, rows_of(job, sight[1])
+    keep, share = state_of(job, area, all_rows, 2) + at * 4, state_of(job, area, all_rows, 3) + at * 4
+    two, is_q4, whole = word(side, w.SD_BYTES) == 2, word(side, w.SD_CODEC) == Q4, sees_all(job, sight)
+    per_group, start, stop = 2 if is_q4 else 1, sight[4] - sight[3], sight[5] - sight[3]
+    per_token = word(side, w.SD_SCALE_BYTES) // 2
+    own = _per_token(scales, per_group * g, per_token, whole, start, stop)
+    some, (factor, unit) = n if whole else 1, lift
+    for r in range(0, n, some):
+        if not whole:  # what others see must not matter
+            first, end = sight_of(job, at + r, rows, sight)
+            factor, unit = _find_lift(side, _kept(own, first, end))
+        for k in range(r, r + some):
+            write_f32(worth, k * 4, unit * read_f32(share, k * 4))
+        _round_rows(weights + r * CACHED * 4, some, own, factor, two, planes + r * PLANES)
+    if is_q4:
+        bases = _bases(own, _per_token(scales, 2 * g + 1, per_token, whole, start, stop))
+        _add_bases(weights, n, bases, keep, share, area + word(job, w.AT_BASES) + (g * all_rows + at) * 64)
+
+
+# ==== Products ====
 
 
 @njit(forceinline=True)
@@ -95,16 +170,6 @@ def _add_pair(out, keep, factor, two, s):
     add_scaled(out + 64, keep, factor, to_f32((s[1] << 7) + s[3] if two else s[1]))
 
 
-@njit(forceinline=True)
-def _add_bases(weights, base, keep, share, sums):
-    """sums = sums * keep + share * the products of a row's weights with bases, in sixteen lanes."""
-    total = splat_f32(np.float32(0.0))
-    for i in range(0, CACHED, 16):
-        total = fma(load_f32(weights, i * 4), load_f32(base, i * 4), total)
-    past = load_f32(sums, 0) * splat_f32(read_f32(keep, 0))
-    store_f32(sums, 0, fma(total, splat_f32(read_f32(share, 0)), past))
-
-
 @njit(**BARE)
 def _multiply_four(side, codes, planes, keep, factors, out):
     """Add 32 columns' sums to four rows of the result."""
@@ -118,47 +183,27 @@ def _multiply_four(side, codes, planes, keep, factors, out):
 
 
 @njit(**BARE)
-def _round_group(job, area, scales, largest, all_rows, at, n, planes, worth, sight):
-    """Round the weights of rows at .. at + n - 1 for one group: planes (n, PLANES), and what a unit of them is worth.
-
-    largest: the largest of the group's scales in the block"""
-    side = job + w.AT_VALUES * 8
-    weights, share = area + word(job, w.AT_SCORES) + at * CACHED * 4, state_of(job, area, all_rows, 3) + at * 4
-    two, whole, rows = word(side, w.SD_BYTES) == 2, sees_all(job, sight), rows_of(job, sight[1])
-    top = np.float32(16383.0) if two else np.float32(127.0)
-    factor, unit = _lift(top, largest), largest / top
-    for r in range(n):
-        if not whole:  # what others see must not matter
-            start, stop = sight_of(job, at + r, rows, sight)
-            largest = _largest(scales, start, stop)
-            factor, unit = _lift(top, largest), largest / top
-        _round(weights + r * CACHED * 4, scales, factor, two, planes + r * PLANES)
-        write_f32(worth, r * 4, unit * read_f32(share, r * 4))
-
-
-@njit(**BARE)
 def _add_codes(job, area, result, codes, scales, first, n, all_rows, sight):
     """Add a block's values, which are codes, to rows first .. first + n - 1. The weights of as many rows and groups as
-    ROUNDED are rounded before any is multiplied, so that no product waits for its weights."""
+    ROUNDED are rounded before any is multiplied, so that no product waits for its weights, and no weight for its
+    group's lift."""
     side = job + w.AT_VALUES * 8
-    width, size, is_q4 = word(side, w.SD_SEEN), word(side, w.SD_GROUP), word(side, w.SD_CODEC) == Q4
-    row, step = word(side, w.SD_CODE_BYTES), (2 if is_q4 else 1) * CACHED * 4
+    width, size, row = word(side, w.SD_SEEN), word(side, w.SD_GROUP), word(side, w.SD_CODE_BYTES)
+    per_token, per_group = word(side, w.SD_SCALE_BYTES) // 2, 2 if word(side, w.SD_CODEC) == Q4 else 1
     planes, worth = area + word(job, w.AT_PLANES), area + word(job, w.AT_WORTH)
-    weights = area + word(job, w.AT_SCORES) + first * CACHED * 4
-    keep, share = state_of(job, area, all_rows, 2) + first * 4, state_of(job, area, all_rows, 3) + first * 4
-    groups, together = width // size, max(1, w.ROUNDED // n)
+    lifts = area + word(job, w.AT_LIFTS)
+    keep, groups, together = state_of(job, area, all_rows, 2) + first * 4, width // size, max(1, w.ROUNDED // n)
+    ask_for_scales(side, scales)
     for begin in range(0, groups, together):
         end = min(begin + together, groups)
         for g in range(begin, end):
-            scale, at = scales + g * step, (g - begin) * n
-            largest = _largest(scale, 0, CACHED)
-            _round_group(job, area, scale, largest, all_rows, first, n, planes + at * PLANES, worth + at * 4, sight)
-            if is_q4:
-                bases, base = area + word(job, w.AT_BASES) + (g * all_rows + first) * 64, scale + CACHED * 4
-                for i in range(0, CACHED * 4, 64):
-                    store_f32(base, i, fma(load_f32(scale, i), splat_f32(np.float32(8.0)), load_f32(base, i)))
-                for r in range(n):
-                    _add_bases(weights + r * CACHED * 4, base, keep + r * 4, share + r * 4, bases + r * 64)
+            factor, unit = _find_lift(side, _per_token(scales, per_group * g, per_token, True, 0, CACHED))
+            write_f32(lifts, (g - begin) * 8, factor)
+            write_f32(lifts, (g - begin) * 8 + 4, unit)
+        for g in range(begin, end):
+            at, lift = (g - begin) * n, (read_f32(lifts, (g - begin) * 8), read_f32(lifts, (g - begin) * 8 + 4))
+            to, unit = planes + at * PLANES, worth + at * 4
+            _round_group(job, area, scales, g, lift, first, n, all_rows, to, unit, sight)
         for d in range(begin * size, end * size, 32):
             at, column = (d // size - begin) * n, d * row // width
             ask_for(codes + (BLOCKS_AHEAD * row + column) * CACHED, 32 * row // width * CACHED)
@@ -176,9 +221,7 @@ def add_values(job, area, result, at, n, all_rows, kv_head, sight):
     _, _, _, block, low, high = sight
     if word(side, w.SD_INT8):
         codes, scales = find(job, side, head, block)
-        units = area + word(job, w.AT_UNITS)
-        spread_scales(side, scales, low - block, high - block, units)
-        _add_codes(job, area, result, codes, units, at, n, all_rows, sight)
+        _add_codes(job, area, result, codes, scales, at, n, all_rows, sight)
         return
     weights, out = area + word(job, w.AT_SCORES) + at * CACHED * 4, result + at * width * 4
     keep, share = state_of(job, area, all_rows, 2) + at * 4, state_of(job, area, all_rows, 3) + at * 4
