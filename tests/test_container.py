@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from trit_bytes import write_all_codecs
 
 import formats
 from formats import CODECS, ChecksumError, HeaderError, TensorError, TritWriter, dequantize, open_trit
 from formats.container import dequantize_rows
+from tests.trit_bytes import write_all_codecs
 
 NORM = np.array([1, -2], np.float32)
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
-from formats import CODECS, TritWriter
+from formats import CODECS, FormatError, TritWriter, open_trit
 
 AUTO = "auto"
 
@@ -35,6 +36,14 @@ def two_tensors() -> dict[str, Any]:
         {"name": "b", "codec": "q8", "shape": [1, 2], "params": {}, "offset": AUTO, "nbytes": 66},
     ]
     return {"config": {}, "tensors": [{**line, "crc32": 0} for line in tensors]}
+
+
+def changed(**fields: Any) -> bytes:
+    """A file whose second tensor has other fields; ... takes one away."""
+    header = two_tensors()
+    header["tensors"][1].update(fields)
+    header["tensors"][1] = {k: v for k, v in header["tensors"][1].items() if v is not ...}
+    return assemble(header)
 
 
 def assemble(header: dict[str, Any] | bytes, size: int | None = None, version: int = 1) -> bytes:
@@ -65,3 +74,15 @@ def _place(header: dict[str, Any]) -> tuple[bytes, int]:
                 end += -(-line["nbytes"] // 64) * 64
     text = json.dumps(header).encode()
     return text + b" " * (room - 20 - len(text)), end
+
+
+def refuses(folder: Path, data: bytes, kind: type[FormatError], message: str, tensor: str | None = None) -> None:
+    """Check how a file made of these bytes is refused: in one short line that names the file."""
+    path = folder / "bad.trit"
+    path.write_bytes(data)
+    with pytest.raises(FormatError, match=message) as caught:
+        open_trit(path)
+    assert type(caught.value) is kind
+    assert caught.value.path == str(path) and str(caught.value).startswith(f"{path}: ")
+    assert caught.value.tensor == tensor
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500 + len(str(path))
