@@ -12,6 +12,7 @@ from hypothesis import settings
 
 from tests import tiny
 from tests.byte_tokenizer import ByteTokenizer
+from tests.checkpoints import write_hf
 
 # The same examples on every run, and no time limit per example on a busy machine.
 settings.register_profile("house", derandomize=True, deadline=None, max_examples=60)
@@ -52,3 +53,10 @@ def open_llama(tiny_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any
 def llm(open_llama: Any) -> Any:
     """The tiny model with 96 tokens of context, exact, speaking ChatML."""
     return open_llama()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A small Hugging Face checkpoint; what is made of it can lie beside it, in a folder of the test's own."""
+    write_hf(tmp_path / "source")
+    return tmp_path / "source"

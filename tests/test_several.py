@@ -21,25 +21,9 @@ from formats.errors import SourceError
 from formats.sources.source import Source, expected_tensors, open_source
 from runtime.encoder import fast_encoder
 from tests.checkpoints import HF_CONFIG, weights_for, write_hf
-from tools.convert import main
+from tests.converting import command, left
 
 DEPTHS = ("trit2", "trit3", "trit4")
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    write_hf(tmp_path / "source")
-    return tmp_path / "source"
-
-
-def left(folder: Path) -> list[str]:
-    return sorted(p.name for p in folder.parent.iterdir() if p != folder)
-
-
-def command(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
-    code = main([str(a) for a in args])
-    out, err = capsys.readouterr()
-    return code, out, err
 
 
 # ---- the compiled quantiser -----------------------------------------------------------------------------
