@@ -19,6 +19,9 @@ from runtime.tokenizer import Tokenizer, load_tokenizer
 
 DATA = Path(__file__).parent / "data" / "tokenizers"
 KJV = DATA / "kjv.model"
+BOS = 1500  # of the small tokenizers
+# What Hugging Face's files say of a control token that is nothing else.
+PLAIN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
 
 HARD_TEXTS = [
     "", " ", "  ", "\n", "a", " a", "a ", "  a  b   c", "\ta\t\tb", "a\n\n\nb\n", "a \n b", "x\r\ny\r\n\r\nz\r", "\r",
@@ -97,9 +100,15 @@ def small_json(pre: str = "llama3", **model: Any) -> dict[str, Any]:
     return raw
 
 
+def write_json(folder: Path, **files: Any) -> Path:
+    """Write NAME.json for each keyword argument."""
+    for name, value in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(value), encoding="utf-8")
+    return folder
+
+
 def from_json(raw: dict[str, Any], folder: Path) -> Tokenizer:
-    (folder / "tokenizer.json").write_text(json.dumps(raw), encoding="utf-8")
-    return load(tokenizer_from_hf(folder))
+    return load(tokenizer_from_hf(write_json(folder, tokenizer=raw)))
 
 
 def from_small_ranks() -> Tokenizer:
@@ -109,5 +118,4 @@ def from_small_ranks() -> Tokenizer:
 
 def sentencepiece_tokenizer(folder: Path, **settings: Any) -> Tokenizer:
     (folder / "tokenizer.model").write_bytes(KJV.read_bytes())
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    return load(tokenizer_from_hf(folder))
+    return load(tokenizer_from_hf(write_json(folder, tokenizer_config=settings)))
