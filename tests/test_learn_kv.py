@@ -194,6 +194,7 @@ def test_moments_are_those_of_the_model(model: Path) -> None:
      (("--rank", 8), "no layer can be compressed so little"),
      (("--ratio", "1.5"), "between 0 and 1"),
      (("--ratio", "0.5", "--max-ppl-increase", "0.1"), "two budgets"), (("-c", 500), "it takes"),
+     (("-c", 2049), "has at most 2048 tokens"),
      (("-f", "nowhere.txt"), "No such file")],
     ids=str,
 )  # fmt: skip

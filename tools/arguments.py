@@ -7,6 +7,7 @@ import re
 from importlib.util import find_spec
 
 from runtime.cli import UserError
+from runtime.config import ModelConfig
 from runtime.options import ring_codec
 from runtime.sampler import OptionError
 
@@ -63,6 +64,12 @@ def add_run_arguments(parser: argparse.ArgumentParser, threads: bool = True, kv:
             "--kv", type=_ring_codec, default="auto", metavar="CODEC",
             help="codec of keys and values: auto, f32, f16, q8, q4, or k=CODEC,v=CODEC",
         )  # fmt: skip
+
+
+def check_context(ctx: int, config: ModelConfig, path: str) -> None:
+    """Raises UserError if -c asks for more tokens than a model was made for: what is measured there means nothing."""
+    if ctx > config.max_seq_len:
+        raise UserError(f"-c {ctx}: the context of {path} has at most {config.max_seq_len} tokens")
 
 
 def require_matplotlib() -> None:

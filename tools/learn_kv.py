@@ -31,7 +31,7 @@ from runtime.ring.codecs import Plane, code_codec, side_codecs
 from runtime.sizes import kv_bytes_per_token
 from runtime.tokenizer import load_tokenizer
 from tools import kv_fit
-from tools.arguments import add_model_arguments, positive
+from tools.arguments import add_model_arguments, check_context, positive
 from tools.kv_statistics import LayerMoments, collect
 from tools.kv_trial import CODEC, Ids, Judge, Learned, install
 from tools.perplexity import read_text
@@ -212,6 +212,7 @@ def check(args: argparse.Namespace, model: Model) -> Task:
     """Hold the arguments to the model. Raises UserError."""
     config = model.config
     width = config.n_kv_heads * config.head_dim
+    check_context(args.ctx_size, config, args.model)
     if model.modules:
         raise UserError(f"{args.model}: has learned projections already; learn from the file that it was made of")
     if args.rank is not None and args.rank >= width:

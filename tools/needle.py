@@ -27,7 +27,7 @@ from runtime.progress import Bar
 from runtime.ring.cache import KVRing
 from runtime.sizes import kv_bytes_per_token
 from runtime.tokenizer import Tokenizer, load_tokenizer
-from tools.arguments import add_model_arguments, positive, positive_list, ring_codecs
+from tools.arguments import add_model_arguments, check_context, positive, positive_list, ring_codecs
 from tools.perplexity import read_text
 
 NEEDLE = "The secret number of {place} is {number}."
@@ -151,8 +151,7 @@ def measure(model: Model, args: argparse.Namespace) -> list[Cell]:
     cells: list[Cell] = []
     with Bar("needle", unit="row") as bar:
         for ctx in args.ctx_size:
-            if ctx > model.config.max_seq_len:
-                raise UserError(f"-c {ctx}: the context of {args.model} has at most {model.config.max_seq_len} tokens")
+            check_context(ctx, model.config, args.model)
             sentences = made_up() if text is None else sentences_of(text)
             hays = hide(tokenizer, sentences, ctx, args.depth, args.repeats)
             for kv in args.kv:

@@ -26,7 +26,7 @@ from runtime.config import ModelConfig
 from runtime.model import Model
 from runtime.progress import Bar
 from runtime.tokenizer import load_tokenizer
-from tools.arguments import add_model_arguments, positive, require_matplotlib
+from tools.arguments import add_model_arguments, check_context, positive, require_matplotlib
 from tools.position_plot import draw_positions
 
 with suppress(ImportError):  # Windows
@@ -65,9 +65,7 @@ def encode(path: str, text: str, ctx: int) -> tuple[list[int], int | None]:
     returns: the ids, with BOS where the tokenizer adds one, and the id of that BOS or None
     Raises FormatError, ConfigError, TokenizerError; UserError if the model's context is shorter than ctx."""
     with open_trit(path) as file:
-        longest = ModelConfig.from_dict(file.config, file.path).max_seq_len
-        if ctx > longest:
-            raise UserError(f"-c {ctx}: the context of {path} has at most {longest} tokens")
+        check_context(ctx, ModelConfig.from_dict(file.config, file.path), path)
         tokenizer = load_tokenizer(file)
         return tokenizer.encode(text, add_bos=tokenizer.add_bos), tokenizer.bos_id if tokenizer.add_bos else None
 
