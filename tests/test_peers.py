@@ -87,6 +87,40 @@ def test_a_filled_context_is_read_again_and_again(load: Load, kv: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "made"),
+    [("llama_init_from_model", 1), ("llama_model_size", 2), ("llama_decode", 2), ("llama_memory_can_shift", 3)],
+)
+def test_what_was_made_is_given_back_if_the_rest_fails(
+    load: Load, monkeypatch: pytest.MonkeyPatch, name: str, made: int
+) -> None:
+    """Model, context, and the context that tokens are moved in: each is freed once."""
+    alive: list[int] = []
+    freed: list[int] = []
+
+    def note(function: str, what: Callable[[int | None, int], None]) -> None:
+        real = getattr(api, function)
+
+        def noted(argument: int, *others: object) -> int | None:
+            found: int | None = real(argument, *others)
+            what(found, argument)
+            return found
+
+        monkeypatch.setattr(api, function, noted)
+
+    def fail(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for function in ("llama_model_load_from_file", "llama_init_from_model"):
+        note(function, lambda found, _: alive.append(found or 0))
+    for function in ("llama_free", "llama_model_free"):
+        note(function, lambda _, argument: freed.append(argument))
+    monkeypatch.setattr(api, name, fail)
+    with pytest.raises(KeyboardInterrupt):
+        load(IDS, "f32")
+    assert len(alive) == made and sorted(freed) == sorted(alive)
+
+
+@pytest.mark.parametrize(
     ("name", "message"),
     [
         ("llama_state_seq_get_data", "could not copy"),

@@ -37,6 +37,22 @@ class LlamaCpp:
         self._quiet = api.llama_log_callback(lambda *_: None)  # kept alive: the library calls it at any time
         api.llama_log_set(self._quiet, ctypes.c_void_p(0))
         api.llama_backend_init()
+        self._model: Any = None
+        self._context: Any = None
+        self._depth = 0
+        try:
+            params = self._load(path, threads, n_ctx, kv)
+            if before:
+                self._decode(before[:PIECE])
+            if len(before) > PIECE:
+                self._repeat(len(before), params)
+        except BaseException:  # nobody else can close what was never handed out
+            self.close()
+            raise
+
+    def _load(self, path: str, threads: int, n_ctx: int, kv: str) -> Any:
+        """Make the model and its context, and return this one's parameters. Raises UserError."""
+        api = self._api
         self._model = api.llama_model_load_from_file(path.encode(), api.llama_model_default_params())
         if not self._model:
             raise UserError(f"{path}: llama.cpp cannot load this file")
@@ -49,11 +65,7 @@ class LlamaCpp:
         if not self._context:
             raise UserError(f"{path}: llama.cpp cannot make a context of {n_ctx} tokens with a cache of {kv}")
         self.bits_per_weight = 8 * api.llama_model_size(self._model) / api.llama_model_n_params(self._model)
-        self._depth = 0
-        if before:
-            self._decode(before[:PIECE])
-        if len(before) > PIECE:
-            self._repeat(len(before), params)
+        return params
 
     def _repeat(self, depth: int, params: Any) -> None:
         """Append what is cached of the first PIECE tokens, again and again, until there are `depth`.
@@ -113,9 +125,12 @@ class LlamaCpp:
         self._api.llama_memory_seq_rm(self._api.llama_get_memory(self._context), -1, self._depth, -1)
 
     def close(self) -> None:
-        """Give its memory back."""
-        self._api.llama_free(self._context)
-        self._api.llama_model_free(self._model)
+        """Give its memory back. It can be called again."""
+        context, model, self._context, self._model = self._context, self._model, None, None
+        if context:
+            self._api.llama_free(context)
+        if model:
+            self._api.llama_model_free(model)
 
 
 class LlamaCppModel(LlamaCpp):
