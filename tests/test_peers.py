@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -84,6 +85,17 @@ def test_a_filled_context_is_read_again_and_again(load: Load, kv: str) -> None:
     peer.rewind()
     assert api.llama_memory_seq_pos_max(memory, 0) == DEPTH - 1
     np.testing.assert_array_equal(scores_after(peer, 7), first)
+
+
+def test_the_library_still_logs_nowhere_when_a_peer_has_gone(load: Load, tmp_path: Path) -> None:
+    """It keeps the address that it was given: nothing else may come to lie there."""
+    load([], "f16")
+    LlamaCpp(str(tmp_path / "m.gguf"), 1, 8, []).close()
+    gc.collect()
+    heard: list[object] = []
+    others = [api.llama_log_callback(lambda *line: heard.append(line)) for _ in range(99)]
+    assert not api.llama_model_load_from_file(b"nowhere.gguf", api.llama_model_default_params())
+    assert len(others) == 99 and heard == []
 
 
 @pytest.mark.parametrize(

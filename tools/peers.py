@@ -15,6 +15,7 @@ from runtime.ring.codecs import side_codecs
 
 PIECE = 512  # tokens that are read to fill a context; all others are their copies
 _CACHE_TYPES = {"f32": 0, "f16": 1, "q8": 8, "q4": 3}  # GGML's; q4_1 has a scale and a base, as our q4
+_QUIET: list[Any] = []  # what the library calls with a line to log, at any time: it must never go
 
 
 class LlamaCpp:
@@ -29,14 +30,7 @@ class LlamaCpp:
     def __init__(self, path: str, threads: int, n_ctx: int, before: Sequence[int], kv: str = "f16") -> None:
         if not Path(path).is_file():
             raise UserError(f"{path}: no such file")
-        try:
-            import llama_cpp as api
-        except ImportError:
-            raise UserError(f"{path}: running it needs llama.cpp: pip install llama-cpp-python") from None
-        self._api: Any = api
-        self._quiet = api.llama_log_callback(lambda *_: None)  # kept alive: the library calls it at any time
-        api.llama_log_set(self._quiet, ctypes.c_void_p(0))
-        api.llama_backend_init()
+        self._api: Any = _library(f"{path}: running it")
         self._model: Any = None
         self._context: Any = None
         self._depth = 0
@@ -174,16 +168,24 @@ def k_quant(source: Path, name: str, target: Path) -> None:
 
     Raises UserError if there is no such type, llama.cpp is not installed, or it fails.
     """
-    try:
-        import llama_cpp as api
-    except ImportError:
-        raise UserError("--k-quants needs llama.cpp: pip install llama-cpp-python") from None
+    api = _library("--k-quants")
     kind = getattr(api, f"LLAMA_FTYPE_MOSTLY_{name.upper()}", None)
     if kind is None:
         raise UserError(f"llama.cpp has no quantisation {name!r}; it has Q2_K, Q3_K_M, Q4_K_M, IQ4_XS and others")
-    quiet = api.llama_log_callback(lambda *_: None)
-    api.llama_log_set(quiet, ctypes.c_void_p(0))
     params = api.llama_model_quantize_default_params()
     params.ftype, params.allow_requantize, params.quantize_output_tensor = kind, True, False
     if api.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(params)):
         raise UserError(f"{source}: llama.cpp could not make {name} of it")
+
+
+def _library(what: str) -> Any:
+    """Give llama.cpp's functions, which then log nothing. what: needs them. Raises UserError."""
+    try:
+        import llama_cpp as api
+    except ImportError:
+        raise UserError(f"{what} needs llama.cpp: pip install llama-cpp-python") from None
+    if not _QUIET:
+        _QUIET.append(api.llama_log_callback(lambda *_: None))
+    api.llama_log_set(_QUIET[0], ctypes.c_void_p(0))
+    api.llama_backend_init()
+    return api
