@@ -185,6 +185,23 @@ def open_trit(path: str | os.PathLike[str]) -> TritFile:
     end of a map. Replacing it by a rename, as TritWriter does, is safe.
     """
     name = os.fspath(path)
+    descriptor = open_regular(name)
+    size = os.fstat(descriptor).st_size
+    with open(descriptor, "rb") as file:
+        header, raw, entries = read_header(file, size, name)
+        try:
+            data = mmap.mmap(descriptor, size, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as e:
+            raise TruncatedFileError(name, f"{size} bytes cannot be mapped: {e}") from e
+    return TritFile(name, header, raw, entries, data)
+
+
+def open_regular(path: str | os.PathLike[str]) -> int:
+    """Open a regular file for reading; returns its descriptor, which the caller closes.
+
+    Raises FileNotFoundError, IsADirectoryError, PermissionError, or FormatError: also for a pipe or a device.
+    """
+    name = os.fspath(path)
     try:
         # O_NONBLOCK: opening a FIFO without a writer would wait for ever.
         flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
@@ -199,13 +216,7 @@ def open_trit(path: str | os.PathLike[str]) -> TritFile:
         if stat.S_ISDIR(info.st_mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), name)
         raise FormatError(name, "is a pipe or device; expected a regular file")
-    with open(descriptor, "rb") as file:
-        header, raw, entries = read_header(file, info.st_size, name)
-        try:
-            data = mmap.mmap(descriptor, info.st_size, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as e:
-            raise TruncatedFileError(name, f"{info.st_size} bytes cannot be mapped: {e}") from e
-    return TritFile(name, header, raw, entries, data)
+    return descriptor
 
 
 def _map_tensor(data: mmap.mmap, entry: Entry, path: str) -> Tensor:

@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from formats.errors import shown
+from formats.container import open_regular
+from formats.errors import FormatError, shown
 
 from .engine import Engine, Progress
 from .errors import CacheError, LogitsError
@@ -240,7 +241,11 @@ class Llama(Engine):
 
         Raises what load_state and `read` raise, naming the file, and OSError; the context is as it was then.
         """
-        with open(path, "rb") as stream:
+        try:
+            descriptor = open_regular(path)
+        except FormatError as e:
+            raise CacheError(str(e)) from e
+        with open(descriptor, "rb") as stream:
             try:
                 return self._load(stream, read)
             except CacheError as e:

@@ -285,6 +285,10 @@ def test_a_session_that_cannot_be_used(model: Path, tmp_path: Path) -> None:
     assert "plain text" in refused(chat(model, "-p", "x", "--raw", "--session", path, *QUICK))
     path.write_bytes(path.read_bytes()[:-1])
     assert "checksum" in refused(converse(model, "two", options=("--session", path)))
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe")  # to open one is to wait for a writer
+        wanted = f"{tmp_path / 'pipe'}: is a pipe or device; expected a regular file"
+        assert wanted in refused(chat(model, "-p", "x", "--session", tmp_path / "pipe", "--raw", *QUICK))
 
 
 def test_a_message_longer_than_the_context_is_refused_in_a_conversation(model: Path) -> None:
