@@ -11,6 +11,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
@@ -105,6 +106,21 @@ def naming(path: str | os.PathLike[str], hint: str = "nothing was left behind") 
         if exc.filename is not None:
             raise
         raise OSError(exc.errno or errno.EIO, f"{exc.strerror or exc} ({hint})", os.fspath(path)) from exc
+
+
+def check_target(target: str | os.PathLike[str]) -> None:
+    """Refuse, before any work, what no file can be put in the place of. Raises OSError that names it."""
+    name, path = os.fspath(target), os.path.realpath(target)
+    if not os.path.isdir(os.path.dirname(path)):
+        raise FileNotFoundError(errno.ENOENT, "no such folder to write to", os.path.dirname(path))
+    try:
+        mode = os.stat(path).st_mode  # also where a name is too long
+    except FileNotFoundError:
+        return
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, "is a folder; expected a file name to write to", name)
+    if not stat.S_ISREG(mode):
+        raise FileExistsError(errno.EEXIST, "is a device or a pipe; expected a file name to write to", name)
 
 
 def remove_abandoned(folder: str) -> None:

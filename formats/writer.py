@@ -18,7 +18,7 @@ from .codecs.base import Streamed
 from .errors import HeaderError, TensorError, shorten
 from .header import MAGIC, MAX_HEADER, PREFIX, VERSION, check_layout, check_name, check_sections
 from .strict_json import parse_json
-from .unfinished import Unfinished
+from .unfinished import Unfinished, check_target
 
 _CHUNK = 16 << 20
 # The most that one line of the table takes besides its name.
@@ -184,13 +184,7 @@ class TritWriter:
             raise TensorError(self.path, "a tensor name stands twice in the list")
 
     def _check_target(self) -> None:
-        folder = os.path.dirname(self._target)
-        if not os.path.isdir(folder):
-            raise FileNotFoundError(errno.ENOENT, "no such folder to write to", folder)
-        if os.path.isdir(self._target):
-            raise IsADirectoryError(errno.EISDIR, "is a folder; expected a file name to write to", self.path)
-        if os.path.exists(self._target) and not os.path.isfile(self._target):
-            raise FileExistsError(errno.EEXIST, "is a device or a pipe; expected a file name to write to", self.path)
+        check_target(self.path)
         if os.path.exists(self._target) and not self.overwrite:
             message = "exists already; choose another name, or overwrite it with --overwrite (overwrite=True)"
             raise FileExistsError(errno.EEXIST, message, self.path)

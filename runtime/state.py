@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from formats.unfinished import unfinished
+from formats.unfinished import check_target, unfinished
 
 from .errors import CacheError
 from .generate import Session
@@ -81,6 +81,7 @@ def restore_session(session: Session, saved: SavedSession, stream: io.BufferedIO
 
 def write_private(path: str | os.PathLike[str], parts: Iterable[bytes | memoryview]) -> None:
     """Write a file that appears whole or not at all, and that only its owner may read. Raises OSError."""
+    check_target(path)
     with unfinished(path, private=True) as temporary, open(temporary, "wb") as file:
         for part in parts:
             file.write(part)

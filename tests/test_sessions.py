@@ -124,6 +124,17 @@ def test_a_session_file_is_private_and_whole(tmp_path: Path) -> None:
     assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="a pipe with a name")
+def test_a_session_takes_no_place_of_a_pipe_or_a_folder(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name, message in (("pipe", "is a device or a pipe"), ("folder", "is a folder"), ("x/y", "no such folder")):
+        with pytest.raises(OSError, match=message):
+            write_private(tmp_path / name, [b"new"])
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "pipe"]
+
+
 def test_a_session_file_carries_a_conversation(open_llama: Any, tmp_path: Path) -> None:
     llm, path = open_llama(), tmp_path / "a.session"
     told = Conversation(True, "Be kind.")
