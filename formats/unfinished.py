@@ -123,6 +123,12 @@ def check_target(target: str | os.PathLike[str]) -> None:
         raise FileExistsError(errno.EEXIST, "is a device or a pipe; expected a file name to write to", name)
 
 
+def check_writable(target: str | os.PathLike[str]) -> None:
+    """Make sure, before any work, that a file can be made there at its end. Raises OSError that says what is wrong."""
+    check_target(target)
+    Unfinished(target).discard()
+
+
 def remove_abandoned(folder: str) -> None:
     """Remove the temporaries in a folder whose writers are gone, where the system can tell."""
     with suppress(OSError), os.scandir(folder) as entries:

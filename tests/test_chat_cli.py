@@ -287,8 +287,20 @@ def test_a_session_that_cannot_be_used(model: Path, tmp_path: Path) -> None:
     assert "checksum" in refused(converse(model, "two", options=("--session", path)))
     if hasattr(os, "mkfifo"):
         os.mkfifo(tmp_path / "pipe")  # to open one is to wait for a writer
-        wanted = f"{tmp_path / 'pipe'}: is a pipe or device; expected a regular file"
-        assert wanted in refused(chat(model, "-p", "x", "--session", tmp_path / "pipe", "--raw", *QUICK))
+        done = converse(model, f"/load {tmp_path / 'pipe'}", "/stats")
+        assert f"error: {tmp_path / 'pipe'}: is a pipe or device; expected a regular file" in done.stderr
+
+
+def test_a_session_that_could_not_be_saved_is_refused_before_anything_is_said(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    wrong: dict[object, str] = {
+        "": "takes the name of a file", tmp_path / "x" / "y": "no such folder", tmp_path / "folder": "is a folder",
+        tmp_path / ("y" * 300): "too long",
+    }  # fmt: skip
+    for path, message in wrong.items():
+        done = chat(model, "-p", "x", "--raw", "-n", 4, "--session", path, *QUICK)
+        assert message in refused(done) and done.stderr.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
 def test_a_message_longer_than_the_context_is_refused_in_a_conversation(model: Path) -> None:

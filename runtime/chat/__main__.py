@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from formats.unfinished import check_writable
+
 from ..cli import ArgumentParser, UserError, run
 from ..generate import Run
 from ..llama import Llama
@@ -157,7 +159,7 @@ def _as_json(llm: Llama, job: Run, text: str) -> dict[str, Any]:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Find wrong options before anything is loaded. Raises OptionError or UserError."""
+    """Find wrong options before anything is loaded. Raises OptionError, UserError or OSError."""
     given = _sampling(args)
     given.pop("seed")
     SamplingOptions(**{name: value for name, value in given.items() if value is not None})
@@ -167,6 +169,10 @@ def _check(args: argparse.Namespace) -> None:
     check_stop(args.stop)
     if args.raw and (args.system_prompt is not None or args.chat_format or args.jinja):
         raise UserError("--raw uses no chat format: leave out -sys, --chat-format and --jinja")
+    if args.session == "":
+        raise UserError("--session takes the name of a file")
+    if args.session is not None:
+        check_writable(args.session)  # else what is said would be lost at the end
     if args.prompt is not None and args.file is not None:
         raise UserError("-p and -f both give the prompt: leave one out")
 
