@@ -1,7 +1,9 @@
 """A session as bytes: the ids that were read and the ring's keys and values, bound to their model.
 
 Layout, little-endian: b"TRITSESS", u32 version, u32 length of a JSON header {"model", "tokens", "conversation"},
-the header, the ids as <i4, u32 crc32 of everything before, and the ring's own state (ring_state.py).
+the header, the ids as <i4, u32 crc32 of everything before, and the ring's own state (ring/state.py).
+"model" is the fingerprint of its file. That covers what the ring's state does not name and its bytes depend on: RoPE,
+the means and the balance of keys, the weights of learned projections.
 A state may come from anyone: it is read as JSON and numbers, and whatever is wrong with it is a CacheError.
 """
 
@@ -97,7 +99,8 @@ def _read_header(raw: bytes, fingerprint: str) -> tuple[int, Any]:
     except (ValueError, TypeError, KeyError, RecursionError) as exc:
         raise CacheError("the saved state is damaged: its header cannot be read") from exc
     if model != fingerprint:
-        raise CacheError(f"the saved state belongs to another model ({model!r:.80}); this one is {fingerprint}")
+        found = f"the saved state belongs to another model ({model!r:.80}); this one is {fingerprint}"
+        raise CacheError(f"{found}; open the one that it was saved with, or begin anew")
     if type(count) is not int or count < 0:
         raise CacheError(f"the saved state is damaged: it counts {count!r:.80} tokens")
     return count, conversation

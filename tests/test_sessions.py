@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import stat
@@ -10,15 +11,19 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from runtime import ContextOverflowError, Llama, budget
 from runtime.budget import BY_QUALITY, Memory
 from runtime.errors import CacheError
+from runtime.generate import Session
 from runtime.messages.conversation import Conversation
+from runtime.model import Model
 from runtime.sampler import OptionError
-from runtime.state import FIXED, write_private
+from runtime.state import FIXED, read_session, session_parts, write_private
 from runtime.window import fit
+from tests import tiny
 
 KINDS = ("f32", "f16", "q8", "k=q8,v=q4", "q4")
 TEXT = "It is a truth universally acknowledged that a ring which is full must be in want of tokens. "
@@ -101,6 +106,44 @@ def test_ids_outside_of_the_vocabulary_are_refused(llm: Llama, first: int) -> No
     header = json.dumps({"model": llm.fingerprint, "tokens": 6, "conversation": None}).encode()
     with pytest.raises(CacheError, match="vocabulary"):
         llm.load_state(forged(state, header, struct.pack("<6i", first, 1, 2, 3, 4, 5)))
+
+
+MODULES = [{"layer": 0, "side": "k", "rank": 8, "hidden": None, "activation": None, "rope": "after", "biases": []}]
+
+
+def opened(path: Path, config: dict[str, Any] | None = None, shifted: str = "", rope: str = "after") -> Session:
+    """A session of a model with a projection of the keys of layer 0, and facts of those of layer 1.
+
+    shifted: the tensor that has other numbers; rope: when the projection sees its keys
+    """
+    weights = tiny.random_weights(tiny.CONFIG)
+    width = tiny.CONFIG["n_kv_heads"] * tiny.CONFIG["head_dim"]
+    weights |= {f"layers.1.kv.k.{name}": np.full(width, 1.5, np.float32) for name in ("mean", "balance")}
+    rng = np.random.default_rng(3)
+    for name, shape in (("encoder", (8, width)), ("decoder", (width, 8))):
+        weights[f"layers.0.kv.k.{name}"] = rng.standard_normal(shape).astype(np.float32)
+    if shifted:
+        weights[shifted] = weights[shifted] + np.float32(0.25)
+    header = {"kv_modules": [{**MODULES[0], "rope": rope}], "requires": ["kv_modules"]}
+    return Session(Model.load(tiny.write_trit(path, config, weights=weights, metadata=header), "numpy"), 40, 8, "q4")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"config": {"rope_theta": 20000.0}}, {"config": {"rope_scaling": {"type": "linear", "factor": 2.0}}},
+     {"shifted": "layers.1.kv.k.mean"}, {"shifted": "layers.1.kv.k.balance"}, {"shifted": "layers.0.kv.k.encoder"},
+     {"shifted": "layers.0.kv.k.decoder"}, {"rope": "before"}, {"shifted": "layers.0.wk"}],
+    ids=str,
+)  # fmt: skip
+def test_whatever_the_stored_keys_depend_on_is_another_model(tmp_path: Path, change: dict[str, Any]) -> None:
+    mine, same, other = opened(tmp_path / "a"), opened(tmp_path / "b"), opened(tmp_path / "c", **change)
+    mine.forward([1, 2, 3])
+    state = b"".join(session_parts(mine, mine.model.file.fingerprint))
+    assert read_session(same, same.model.file.fingerprint, io.BytesIO(state)).ids == [1, 2, 3]
+    with pytest.raises(CacheError, match=r"belongs to another model \('\w{64}'\); this one is \w{64}; open the one"):
+        read_session(other, other.model.file.fingerprint, io.BytesIO(state))
+    for session in (mine, same, other):
+        session.model.close()
 
 
 # ==== Files ====

@@ -200,8 +200,9 @@ class KVRing:
         return b"".join(ring_parts(self))
 
     def load(self, state: bytes) -> None:
-        """Take over what `save` of a ring of the same geometry returned.
+        """Take over what `save` of a ring of the same model and geometry returned.
 
+        That the model is the same (its RoPE, its projections' weights, its key_facts) is for the caller to know.
         Raises CacheError, and changes nothing, if the state is damaged or belongs to another geometry.
         """
         if not isinstance(state, (bytes, bytearray, memoryview)):
