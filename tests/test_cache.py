@@ -321,6 +321,13 @@ def test_bad_arguments_are_refused() -> None:
             ring.trim(n)
 
 
+@pytest.mark.parametrize("capacity", [10**15, 10**18, 1 << 62, 10**30])
+def test_a_ring_that_no_memory_holds_is_refused(capacity: int) -> None:
+    for kind in KINDS.values():
+        with pytest.raises(MemoryError, match=r"for \d+ bytes of keys and values; take a smaller context"):
+            KVRing(CONFIG, capacity, **kind)
+
+
 def test_a_kernel_without_large_pages_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mmap, "MADV_HUGEPAGE", -1, raising=False)  # an advice that no kernel knows
     if hasattr(mmap.mmap, "madvise"):

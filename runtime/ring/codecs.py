@@ -27,6 +27,7 @@ then rounded in smaller steps, at the cost of those that they hardly see.
 
 from __future__ import annotations
 
+import math
 import mmap
 import re
 from contextlib import suppress
@@ -200,11 +201,16 @@ def _aligned(shape: tuple[int, ...], dtype: type) -> np.ndarray:
 
     np.zeros promises neither once the allocator has seen a ring go. Pages are large (2 MB) where the system has such:
     small ones are looked up every few tokens, and attention would wait for it.
+    Raises MemoryError.
     """
-    count = int(np.prod(shape))
+    count = math.prod(shape)  # np.prod would wrap
+    nbytes = max(1, count * np.dtype(dtype).itemsize)
     # Shared, as mmap makes them, a forked child would write into its parent's.
     flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
-    raw = mmap.mmap(-1, max(1, count * np.dtype(dtype).itemsize), **flags)
+    try:
+        raw = mmap.mmap(-1, nbytes, **flags)
+    except (OSError, OverflowError) as exc:
+        raise MemoryError(f"for {nbytes} bytes of keys and values; take a smaller context (n_ctx, -c)") from exc
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # of a kernel without them
             raw.madvise(mmap.MADV_HUGEPAGE)
