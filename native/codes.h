@@ -32,10 +32,11 @@ INLINE void encode_q8(const float *x, int64_t size, int8_t *codes, uint16_t *sca
 // A group's scale and base, and its codes as numbers.
 typedef struct { float scale, base, codes[32]; } q4_group;
 
-INLINE float scale_q4(float scale) { return round_f16(scale < LARGEST ? scale : LARGEST); }
+// In these orders NaN stays NaN.
+INLINE float scale_q4(float scale) { return round_f16(scale > LARGEST ? LARGEST : scale); }
 INLINE float base_q4(float base) {
-    base = base < LARGEST ? base : LARGEST;
-    return round_f16(base > -LARGEST ? base : -LARGEST);
+    base = base > LARGEST ? LARGEST : base;
+    return round_f16(base < -LARGEST ? -LARGEST : base);
 }
 
 INLINE q4_group code_q4(const float *x, float scale, float base) {
