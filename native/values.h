@@ -77,7 +77,8 @@ INLINE void round_group(words job, float *area, const uint16_t *scales, int64_t 
     int whole = sees_all(job, t);
     group_units units = read_units(side, scales, g, whole, (sight){t->low - t->block, t->high - t->block});
     for (int64_t r = 0, some = whole ? n : 1; r < n; r += some) {
-        if (!whole) lifted = find_lift(side, &units, 0, sight_of(job, first + r, rows, t));  // what others see must not matter
+        // What others see must not matter.
+        if (!whole) lifted = find_lift(side, &units, 0, sight_of(job, first + r, rows, t));
         for (int64_t k = r; k < r + some; k++) worth[k] = lifted.unit * share[k];
         group_units u = units;
         UNROLL for (int i = 0; i < PER_BLOCK; i++) u.scales[i] *= lifted.factor;

@@ -59,7 +59,7 @@ def _find_lift(side, scales):
     """For the largest scale to become the largest number that weights are rounded to: what scales are multiplied with
     before weights times scales are rounded, and what a unit of a rounded one is worth."""
     larger = simd.larger_magnitude
-    # The first is compared with zero, or else a NaN would be taken for what it is not.
+    # From zero on: bits are compared, and those of a NaN with a sign are less than all others.
     top = larger(larger(scales[0], splat_f32(_ZERO)), scales[1])
     largest = simd.largest_magnitude(larger(larger(top, scales[2]), scales[3]))
     most = np.float32(16383.0) if word(side, w.SD_BYTES) == 2 else np.float32(127.0)
