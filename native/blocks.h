@@ -7,17 +7,29 @@ INLINE float *in(float *area, int64_t offset) { return area + offset / 4; }
 
 // ==== As they are stored ====
 
-enum { BLOCKS_AHEAD = 2 };  // blocks from one that is read to one that is asked for
+// One unit's work on one span: which tokens, which key-value heads, whether it is one of the sinks; and the block of it
+// that it is at, of which positions low .. high - 1 are wanted.
+typedef struct {
+    int64_t kv_first, kv_stop, first, tokens, start, stop;
+    int sinks;
+    int64_t block, low, high;
+} task;
 
-typedef struct { const uint8_t *codes; const uint16_t *scales; } lines_of_block;
+enum { PIECES_AHEAD = 2 };  // pieces from one that is read to one that is asked for
+
+// A block's scales and codes of one head, and how far off those are that the unit reads PIECES_AHEAD pieces later.
+typedef struct { const uint16_t *scales; const uint8_t *codes; int64_t ahead; } ring_piece;
 
 // Of a block's tokens those that are seen: from start to before stop.
 typedef struct { int64_t start, stop; } sight;
 
-// The codes and scales of a block, of which not all may be there. A block lies in the ring in one piece.
-INLINE lines_of_block find_lines(words job, words side, int64_t head, int64_t block) {
-    int64_t slot = slot_of(job, block);
-    return (lines_of_block){(const uint8_t *)codes_at(job, side, head, slot), scales_at(job, side, head, slot)};
+// A task's block of one head, of which not all tokens may be there.
+INLINE ring_piece find_piece(words job, words side, int64_t kv_head, const task *t) {
+    int64_t slot = slot_of(job, t->block), own = side[SD_HEADS] > 1, head = own ? kv_head : 0;
+    int64_t heads = own ? t->kv_stop - t->kv_first : 1, number = own ? kv_head - t->kv_first : 0;
+    int64_t later = number + PIECES_AHEAD;
+    int64_t ahead = later / heads * side[SD_BLOCK_STRIDE] + (later % heads - number) * side[SD_HEAD_STRIDE];
+    return (ring_piece){scales_at(side, head, slot), (uint8_t *)codes_at(side, head, slot), ahead};
 }
 
 // x in lanes start .. stop - 1 of the LANES from `lane` on, `other` in the rest.
@@ -29,10 +41,9 @@ INLINE vf keep_lanes(vf x, int64_t lane, sight seen, float other) {
     return (vf)((inside & (vi)x) | (~inside & (vi)v_splat(other)));
 }
 
-// Ask for scales that will be read soon.
-INLINE void ask_for_scales(words side, const uint16_t *scales) {
-    int64_t block = side[SD_SCALE_BYTES] * CACHED;
-    ask_for((const char *)scales + BLOCKS_AHEAD * block, block);
+// Ask for the scales of the piece that is to be read later.
+INLINE void ask_for_scales(words side, ring_piece x) {
+    ask_for((const char *)x.scales + x.ahead, side[SD_SCALE_BYTES] * CACHED);
 }
 
 // ==== Decoded ====

@@ -5,14 +5,6 @@
 // Of a group of a rounded row: where its sum of products starts, its scale, scale times sum of codes.
 typedef struct { int32_t start; float scale, sum; int32_t unused; } query_step;
 
-// One unit's work on one span: which tokens, which key-value heads, whether it is one of the sinks; and the block of it
-// that it is at, of which positions low .. high - 1 are wanted.
-typedef struct {
-    int64_t kv_first, kv_stop, first, tokens, start, stop;
-    int sinks;
-    int64_t block, low, high;
-} task;
-
 INLINE int64_t padded16(int64_t n) { return (n + 15) / 16 * 16; }
 INLINE int64_t group_of(words job) { return job[AT_HEADS] / job[AT_KV_HEADS]; }
 // Rows of one key-value head, in fours.

@@ -27,7 +27,7 @@ static void rotate(const float *source, float *target, const float *cos, const f
     }
 }
 
-// The new tokens of one tile of the ring: what two threads write does not share cache lines.
+// The new tokens of one tile of the ring: what two threads write hardly shares cache lines.
 typedef struct { int64_t first, stop; } stretch;
 
 INLINE stretch tokens_of(words job, int64_t unit) {
@@ -68,36 +68,44 @@ INLINE int64_t slot_of(words job, int64_t position) {
     return position < base ? position : base + (position - base) % (job[AT_SLOTS] - base);
 }
 
-// Where the codes of a slot's tile begin: rows one after the other, or, with scales, a tile of sixteen keys or of four
-// values (see codecs.py).
-INLINE char *codes_at(words job, words side, int64_t head, int64_t slot) {
-    int64_t tokens = !side[SD_SCALE_BYTES] ? 1 : side[SD_VALUES] ? 4 : TILE;
-    return at(side[SD_DATA], (head * job[AT_SLOTS] + slot / tokens * tokens) * side[SD_CODE_BYTES]);
+// What a block has of one head: its scales, then its codes (see codecs.py).
+INLINE uint16_t *scales_at(words side, int64_t head, int64_t slot) {
+    return at(side[SD_DATA], head * side[SD_HEAD_STRIDE] + slot / CACHED * side[SD_BLOCK_STRIDE]);
 }
 
-// Where the scales of a slot's sixteen tokens begin.
-INLINE uint16_t *scales_at(words job, words side, int64_t head, int64_t slot) {
-    return at(side[SD_SCALES], (head * job[AT_SLOTS] + slot / TILE * TILE) * side[SD_SCALE_BYTES]);
+INLINE char *codes_at(words side, int64_t head, int64_t slot) {
+    return (char *)scales_at(side, head, slot) + CACHED * side[SD_SCALE_BYTES];
+}
+
+// Where byte i of a slot's codes lies among those of its block.
+INLINE int64_t place_of(words side, int64_t slot, int64_t i) {
+    int64_t token = slot % CACHED, row_bytes = side[SD_CODE_BYTES], run = side[SD_CODEC] == RING_Q4 ? 16 : 32;
+    if (!side[SD_SCALE_BYTES]) return token * row_bytes + i;
+    if (side[SD_VALUES]) return i / run * run * CACHED + token / 4 * 4 * run + i % run * 4 + token % 4;
+    return token / TILE * TILE * row_bytes + i / 4 * 4 * TILE + token % TILE * 4 + i % 4;
 }
 
 // ==== Encoding ====
 
 // Store bytes first .. first + n_codes - 1 of a slot's codes, and the scales that belong to them.
-INLINE void put(words job, words side, int64_t head, int64_t slot, int64_t first, const char *codes, int64_t n_codes,
+INLINE void put(words side, int64_t head, int64_t slot, int64_t first, const char *codes, int64_t n_codes,
                 const uint16_t *scales, int64_t n_scales) {
-    char *target = codes_at(job, side, head, slot);
+    char *target = codes_at(side, head, slot) + place_of(side, slot, first);
     if (!n_scales)
-        memcpy(target + first, codes, n_codes);
+        memcpy(target, codes, n_codes);
     else if (side[SD_VALUES])
-        for (int64_t i = 0; i < n_codes; i++) target[(first + i) * 4 + slot % 4] = codes[i];
+        for (int64_t i = 0; i < n_codes; i += 16) {
+            char *to = codes_at(side, head, slot) + place_of(side, slot, first + i);
+            for (int64_t k = 0; k < 16; k++) to[k * 4] = codes[i + k];
+        }
     else
-        for (int64_t i = 0; i < n_codes; i += 4) memcpy(target + (first + i) * TILE + slot % TILE * 4, codes + i, 4);
-    uint16_t *to = scales_at(job, side, head, slot) + first * n_scales / n_codes * TILE + slot % TILE;
-    for (int64_t i = 0; i < n_scales; i++) to[i * TILE] = scales[i];
+        for (int64_t i = 0; i < n_codes; i += 4) memcpy(target + i * TILE, codes + i, 4);
+    uint16_t *to = scales_at(side, head, slot) + first * n_scales / n_codes * CACHED + slot % CACHED;
+    for (int64_t i = 0; i < n_scales; i++) to[i * CACHED] = scales[i];
 }
 
 // Encode one vector, its last group filled with zeros, and store it.
-static void store(words job, words side, int64_t head, int64_t slot, const float *source) {
+static void store(words side, int64_t head, int64_t slot, const float *source) {
     _Alignas(64) float x[CHUNK], vector[LONGEST_HEAD];
     char codes[CHUNK * 4];
     uint16_t scales[CHUNK / 16];
@@ -113,7 +121,7 @@ static void store(words job, words side, int64_t head, int64_t slot, const float
         memset(x + given, 0, (count - given) * 4);
         encode(side, x, count, codes, scales);
         int64_t n_codes = side[SD_CODE_BYTES] * count / padded, n_scales = side[SD_SCALE_BYTES] / 2 * count / padded;
-        put(job, side, head, slot, start * n_codes / count, codes, n_codes, scales, n_scales);
+        put(side, head, slot, start * n_codes / count, codes, n_codes, scales, n_scales);
     }
 }
 
@@ -126,7 +134,7 @@ static void append_tile(words job, int64_t unit) {
             words side = job + (which ? AT_VALUES : AT_KEYS);
             const float *source = at(job[which ? AT_V : AT_K], token * side[SD_HEADS] * side[SD_WIDTH] * 4);
             for (int64_t head = 0; head < side[SD_HEADS]; head++)
-                store(job, side, head, slot, source + head * side[SD_WIDTH]);
+                store(side, head, slot, source + head * side[SD_WIDTH]);
         }
     }
 }
@@ -144,16 +152,17 @@ KERNEL(rope_append) {
 
 // LANES bytes of a slot's codes from byte i on, unsigned.
 INLINE vi some_codes(words side, const char *codes, int64_t i, int64_t slot) {
-    if (side[SD_VALUES]) return v_load_i32(codes + i * 4) >> (int32_t)(slot % 4 * 8) & 255;
+    int64_t token = slot % 4;
+    if (side[SD_VALUES]) return v_load_i32(codes + place_of(side, slot - token, i)) >> (int32_t)(token * 8) & 255;
     uint8_t bytes[LANES];
-    UNROLL for (int k = 0; k < LANES; k += 4) memcpy(bytes + k, codes + (i + k) * TILE + slot % TILE * 4, 4);
+    UNROLL for (int k = 0; k < LANES; k += 4) memcpy(bytes + k, codes + place_of(side, slot, i + k), 4);
     return v_load_u8(bytes);
 }
 
 INLINE void expand_q8(words side, const char *codes, const uint16_t *scales, int64_t slot, float *row) {
     int64_t size = side[SD_GROUP];
     for (int64_t start = 0; start < side[SD_PADDED]; start += size) {
-        vf scale = v_splat(v_read_f16(scales + start / size * TILE));
+        vf scale = v_splat(v_read_f16(scales + start / size * CACHED));
         for (int64_t i = start; i < start + size; i += LANES) {
             vi q = some_codes(side, codes, i, slot);
             v_store(row + i, v_to_f32(q - ((q & 128) << 1)) * scale);
@@ -162,8 +171,8 @@ INLINE void expand_q8(words side, const char *codes, const uint16_t *scales, int
 }
 
 INLINE void expand_q4(words side, const char *codes, const uint16_t *scales, int64_t slot, float *row) {
-    for (int64_t start = 0; start < side[SD_PADDED]; start += 32, scales += 2 * TILE) {
-        vf scale = v_splat(v_read_f16(scales)), base = v_splat(v_read_f16(scales + TILE));
+    for (int64_t start = 0; start < side[SD_PADDED]; start += 32, scales += 2 * CACHED) {
+        vf scale = v_splat(v_read_f16(scales)), base = v_splat(v_read_f16(scales + CACHED));
         for (int64_t i = 0; i < 16; i += LANES) {
             vi q = some_codes(side, codes, start / 2 + i, slot);
             v_store(row + start + i, v_fma(v_to_f32(q & 15), scale, base));
@@ -176,16 +185,16 @@ INLINE void expand_q4(words side, const char *codes, const uint16_t *scales, int
 static void read_back(words job, words side, int64_t head, int64_t position, int64_t count, float *target) {
     int64_t padded = side[SD_PADDED], row_bytes = side[SD_CODE_BYTES], slot = slot_of(job, position);
     for (int64_t stop = slot + count; slot < stop; slot++, target += padded) {
-        const char *codes = codes_at(job, side, head, slot);
-        const uint16_t *scales = scales_at(job, side, head, slot) + slot % TILE;
-        ask_for(at(side[SD_DATA], (head * job[AT_SLOTS] + slot + CACHED) * row_bytes), row_bytes);
+        const char *codes = codes_at(side, head, slot), *row = codes + place_of(side, slot, 0);
+        const uint16_t *scales = scales_at(side, head, slot) + slot % CACHED;
+        ask_for(codes_at(side, head, slot + CACHED) + slot % CACHED * row_bytes, row_bytes);
         if (side[SD_CODEC] == RING_F16)
-            for (int64_t i = 0; i < padded; i += LANES) v_store(target + i, v_load_f16((const uint16_t *)codes + i));
+            for (int64_t i = 0; i < padded; i += LANES) v_store(target + i, v_load_f16((const uint16_t *)row + i));
         else if (side[SD_CODEC] == RING_Q8)
             expand_q8(side, codes, scales, slot, target);
         else if (side[SD_CODEC] == RING_Q4)
             expand_q4(side, codes, scales, slot, target);
         else
-            memcpy(target, codes, padded * 4);
+            memcpy(target, row, padded * 4);
     }
 }

@@ -22,7 +22,7 @@ INLINE void four_dots(const vu codes[8], const int8_t *x, int64_t seen, vi exact
 INLINE void score_four(int codec, int size, int64_t groups, const uint8_t *codes, int64_t tile, const uint16_t *scales,
                        const int8_t *quants, int64_t seen, const query_step *steps, const uint8_t *next, float *scores) {
     vf sums[4] = {{0}};
-    for (int64_t g = 0; g < groups; g++, codes += tile, scales += TILE, quants += size, steps++) {
+    for (int64_t g = 0; g < groups; g++, codes += tile, scales += CACHED, quants += size, steps++) {
         vi exact[2][4] = {{{0}}};
         vu v[8];
         if (next) ask_for(next + g * tile, tile);
@@ -35,7 +35,7 @@ INLINE void score_four(int codec, int size, int64_t groups, const uint8_t *codes
         UNROLL for (int r = 0; r < 4; r++)
             sums[r] = v_fma(v_to_f32(exact[0][r] + exact[1][r]), scale * steps[r * groups].scale, sums[r]);
         if (codec == RING_Q4) {
-            vf base = v_load_f16(scales += TILE);
+            vf base = v_load_f16(scales += CACHED);
             UNROLL for (int r = 0; r < 4; r++) sums[r] = v_fma(base, v_splat(steps[r * groups].sum), sums[r]);
         }
     }
@@ -44,24 +44,23 @@ INLINE void score_four(int codec, int size, int64_t groups, const uint8_t *codes
 
 // scores[r, j] = rounded row r times token j of a block, for all tokens; those of tokens that are not there may be no
 // numbers. n: rows, in fours
-static void exact_scores(words side, lines_of_block x, int64_t n, const int8_t *quants, const query_step *steps,
+static void exact_scores(words side, ring_piece x, int64_t n, const int8_t *quants, const query_step *steps,
                          float *scores) {
-    int64_t seen = side[SD_SEEN], size = side[SD_GROUP], groups = seen / size, block = side[SD_CODE_BYTES] * CACHED;
-    int64_t tile = block / (CACHED / TILE * groups), n_scales = side[SD_SCALE_BYTES] / 2;
+    int64_t seen = side[SD_SEEN], size = side[SD_GROUP], groups = seen / size;
+    int64_t tile = side[SD_CODE_BYTES] * TILE / groups;
     for (int64_t j = 0; j < CACHED; j += LANES) {
         const uint8_t *lines = x.codes + j / TILE * groups * tile + j % TILE * 4;
-        const uint16_t *scales = x.scales + j / TILE * n_scales * TILE + j % TILE;
         for (int64_t r = 0; r < n; r += 4) {
-            const uint8_t *next = r == 0 && j % TILE == 0 ? lines + BLOCKS_AHEAD * block : 0;
+            const uint8_t *next = r == 0 && j % TILE == 0 ? lines + x.ahead : 0;
             const int8_t *row = quants + r * seen;
             const query_step *step = steps + r * groups;
             float *out = scores + r * CACHED + j;
             if (side[SD_CODEC] == RING_Q4)
-                score_four(RING_Q4, 32, groups, lines, tile, scales, row, seen, step, next, out);
+                score_four(RING_Q4, 32, groups, lines, tile, x.scales + j, row, seen, step, next, out);
             else if (size == 64)
-                score_four(RING_Q8, 64, groups, lines, tile, scales, row, seen, step, next, out);
+                score_four(RING_Q8, 64, groups, lines, tile, x.scales + j, row, seen, step, next, out);
             else
-                score_four(RING_Q8, 32, groups, lines, tile, scales, row, seen, step, next, out);
+                score_four(RING_Q8, 32, groups, lines, tile, x.scales + j, row, seen, step, next, out);
         }
     }
 }
@@ -70,19 +69,20 @@ static void exact_scores(words side, lines_of_block x, int64_t n, const int8_t *
 // are packed; near: whether those for the sinks are meant
 static void score(words job, float *area, float *queries, int near, int64_t r, int64_t n, int64_t kv_head, const task *t) {
     words keys = job + AT_KEYS;
-    int64_t width = keys[SD_SEEN], head = keys[SD_HEADS] > 1 ? kv_head : 0, start = (t->low - t->block) / 4 * 4;
+    int64_t width = keys[SD_SEEN], start = (t->low - t->block) / 4 * 4;
     float *scores = in(area, job[AT_SCORES]) + r * CACHED;
     if (keys[SD_INT8]) {
-        lines_of_block lines = find_lines(job, keys, head, t->block);
+        ring_piece x = find_piece(job, keys, kv_head, t);
         int64_t row = (near ? rows_of_task(job, t) : 0) + r;
-        ask_for_scales(keys, lines.scales);
-        exact_scores(keys, lines, n, row_quants(job, queries, row), row_steps(job, queries, row), scores);
+        ask_for_scales(keys, x);
+        exact_scores(keys, x, n, row_quants(job, queries, row), row_steps(job, queries, row), scores);
         return;
     }
     const float *rows = in(queries, job[near ? AT_NEAR : AT_QUERY]) + r * width;
     if (is_direct(keys, n)) {
-        const void *x = find_lines(job, keys, head, t->block).codes;
-        dots_f16(rows, width, n, x, width, start, t->high - t->block, width, scores, CACHED);
+        ring_piece x = find_piece(job, keys, kv_head, t);
+        const uint16_t *halves = (const uint16_t *)x.codes;
+        dots_f16(rows, width, n, halves, x.ahead, width, start, t->high - t->block, width, scores, CACHED);
     } else {
         const float *x = decoded(job, keys, area, kv_head, t->low, t->high - t->low) - (t->low - t->block) * width;
         dots(rows, width, n, x, width, start, t->high - t->block, width, scores, CACHED);

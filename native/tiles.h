@@ -29,10 +29,11 @@ INLINE v4f sum_four(const f32x16 x[4]) {
     return PICK(low, high, 0, 2, 4, 6) + PICK(low, high, 1, 3, 5, 7);
 }
 
-INLINE void dots_of(int size, const float *a, int64_t a_stride, int64_t rows, const void *b, int64_t b_stride,
-                    int64_t first, int64_t stop, int64_t width, float *out, int64_t out_stride) {
+// ahead: of halves, bytes from a vector to the one that is asked for meanwhile
+INLINE void dots_of(int size, const float *a, int64_t a_stride, int64_t rows, const void *b, int64_t ahead,
+                    int64_t b_stride, int64_t first, int64_t stop, int64_t width, float *out, int64_t out_stride) {
     for (int64_t j = first; j < stop; j += 4) {
-        if (size == FLOATS_16) ask_for((const uint8_t *)b + (j + CACHED) * b_stride * size, 4 * b_stride * size);
+        if (size == FLOATS_16) ask_for((const uint8_t *)b + j * b_stride * size + ahead, 4 * b_stride * size);
         for (int64_t i = 0; i < rows; i += 4) {
             f32x16 sums[4][4];
             const float *x = a + i * a_stride;
@@ -62,22 +63,22 @@ INLINE void dots_of(int size, const float *a, int64_t a_stride, int64_t rows, co
 // width: of a multiple of 16; what lies between a whole number of fours and the ends is computed too.
 static void dots(const float *a, int64_t a_stride, int64_t rows, const float *b, int64_t b_stride, int64_t first,
                  int64_t stop, int64_t width, float *out, int64_t out_stride) {
-    dots_of(FLOATS_32, a, a_stride, rows, b, b_stride, first, stop, width, out, out_stride);
+    dots_of(FLOATS_32, a, a_stride, rows, b, 0, b_stride, first, stop, width, out, out_stride);
 }
 
-static void dots_f16(const float *a, int64_t a_stride, int64_t rows, const uint16_t *b, int64_t b_stride, int64_t first,
-                     int64_t stop, int64_t width, float *out, int64_t out_stride) {
-    dots_of(FLOATS_16, a, a_stride, rows, b, b_stride, first, stop, width, out, out_stride);
+static void dots_f16(const float *a, int64_t a_stride, int64_t rows, const uint16_t *b, int64_t ahead, int64_t b_stride,
+                     int64_t first, int64_t stop, int64_t width, float *out, int64_t out_stride) {
+    dots_of(FLOATS_16, a, a_stride, rows, b, ahead, b_stride, first, stop, width, out, out_stride);
 }
 
 // Sums of products with weights, four rows and `n` vectors of columns: what `weigh` adds up.
 INLINE void weigh_columns(int size, int n, const float *weights, const float *keep, const float *share,
-                          const void *vectors, int64_t stride, int64_t first, int64_t stop, float *out,
+                          const void *vectors, int64_t ahead, int64_t stride, int64_t first, int64_t stop, float *out,
                           int64_t out_stride) {
     vf s[4][ACROSS] = {{{0}}};
     for (int64_t j = first; j < stop; j++) {
         vf y[ACROSS];
-        if (size == FLOATS_16) ask_for((const uint8_t *)vectors + (j + CACHED) * stride * size, n * LANES * size);
+        if (size == FLOATS_16) ask_for((const uint8_t *)vectors + j * stride * size + ahead, n * LANES * size);
         UNROLL for (int k = 0; k < n; k++) y[k] = numbers(size, vectors, j * stride + k * LANES);
         UNROLL for (int r = 0; r < 4; r++) {
             vf x = v_splat(weights[r * CACHED + j]);
@@ -92,27 +93,27 @@ INLINE void weigh_columns(int size, int n, const float *weights, const float *ke
 }
 
 INLINE void weigh_of(int size, const float *weights, int64_t rows, const float *keep, const float *share,
-                     const void *vectors, int64_t stride, int64_t first, int64_t stop, int64_t width, float *out,
-                     int64_t out_stride) {
+                     const void *vectors, int64_t ahead, int64_t stride, int64_t first, int64_t stop, int64_t width,
+                     float *out, int64_t out_stride) {
     int64_t step = ACROSS * LANES, d = 0;
     for (; d + step <= width; d += step)
         for (int64_t i = 0; i < rows; i += 4)
-            weigh_columns(size, ACROSS, weights + i * CACHED, keep + i, share + i, (const char *)vectors + d * size, stride,
-                          first, stop, out + i * out_stride + d, out_stride);
+            weigh_columns(size, ACROSS, weights + i * CACHED, keep + i, share + i, (const char *)vectors + d * size,
+                          ahead, stride, first, stop, out + i * out_stride + d, out_stride);
     for (; d < width; d += LANES)
         for (int64_t i = 0; i < rows; i += 4)
-            weigh_columns(size, 1, weights + i * CACHED, keep + i, share + i, (const char *)vectors + d * size, stride,
-                          first, stop, out + i * out_stride + d, out_stride);
+            weigh_columns(size, 1, weights + i * CACHED, keep + i, share + i, (const char *)vectors + d * size, ahead,
+                          stride, first, stop, out + i * out_stride + d, out_stride);
 }
 
 // out[i] = out[i] * keep[i] + share[i] * the sum over j of weights[i, j] * vectors[j], i < rows, first <= j < stop.
 // rows: in fours; width: of a multiple of 16. Few columns at a time, so that the vectors stay in the nearest cache.
 static void weigh(const float *weights, int64_t rows, const float *keep, const float *share, const float *vectors,
                   int64_t first, int64_t stop, int64_t width, float *out) {
-    weigh_of(FLOATS_32, weights, rows, keep, share, vectors, width, first, stop, width, out, width);
+    weigh_of(FLOATS_32, weights, rows, keep, share, vectors, 0, width, first, stop, width, out, width);
 }
 
 static void weigh_f16(const float *weights, int64_t rows, const float *keep, const float *share, const uint16_t *vectors,
-                      int64_t first, int64_t stop, int64_t width, float *out) {
-    weigh_of(FLOATS_16, weights, rows, keep, share, vectors, width, first, stop, width, out, width);
+                      int64_t ahead, int64_t first, int64_t stop, int64_t width, float *out) {
+    weigh_of(FLOATS_16, weights, rows, keep, share, vectors, ahead, width, first, stop, width, out, width);
 }

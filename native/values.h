@@ -19,13 +19,13 @@ typedef struct { float factor, unit; } lift;
 
 // The scales of group g of a block, zero but for tokens that are seen. q4 has a base after each scale.
 INLINE group_units read_units(words side, const uint16_t *scales, int64_t g, int whole, sight seen) {
-    int64_t n = side[SD_SCALE_BYTES] / 2, number = has_bases(side) ? 2 * g : g;
+    int64_t number = has_bases(side) ? 2 * g : g;
     group_units units;
     UNROLL for (int64_t i = 0; i < PER_BLOCK; i++) {
         int64_t lane = i * LANES;
-        const uint16_t *from = scales + (lane / TILE * n + number) * TILE + lane % TILE;
+        const uint16_t *from = scales + number * CACHED + lane;
         vf scale = v_load_f16(from), base = scale;
-        if (has_bases(side)) base = v_fma(scale, v_splat(8.0f), v_load_f16(from + TILE));  // codes are taken less 8
+        if (has_bases(side)) base = v_fma(scale, v_splat(8.0f), v_load_f16(from + CACHED));  // codes are taken less 8
         units.scales[i] = whole ? scale : keep_lanes(scale, lane, seen, 0.0f);
         units.bases[i] = whole ? base : keep_lanes(base, lane, seen, 0.0f);
     }
@@ -96,12 +96,11 @@ INLINE void round_group(words job, float *area, const uint16_t *scales, int64_t 
 // ==== Products ====
 
 // Add 2 LANES columns' sums, LANES from each of two halves of 32, to some rows of the result. two: bytes of a weight
-// codes: of q8 bytes, of q4 the halves of bytes, less 8, so that errors of weights mostly cancel; stride: from four
-// tokens to the next
-INLINE void multiply(int codec, int two, const uint8_t *codes, int64_t stride, const int8_t *planes, const float *keep,
+// codes: of q8 bytes, of q4 the halves of bytes, less 8, so that errors of weights mostly cancel
+INLINE void multiply(int codec, int two, const uint8_t *codes, const int8_t *planes, const float *keep,
                      const float *factors, float *out, int64_t out_stride) {
     vi high[WITHIN][2] = {{{0}}}, low[WITHIN][2] = {{{0}}};
-    for (int64_t j = 0; j < CACHED; j += 4, codes += stride) {
+    for (int64_t j = 0; j < CACHED; j += 4, codes += codec == RING_Q4 ? 64 : 128) {
         vu a = v_load_bytes(codes), b = codec == RING_Q4 ? (a >> 4) - 8 : v_load_bytes(codes + 64);
         if (codec == RING_Q4) a = (a & 15) - 8;
         UNROLL for (int r = 0; r < WITHIN; r++) {
@@ -124,24 +123,24 @@ INLINE void multiply(int codec, int two, const uint8_t *codes, int64_t stride, c
 // Add 32 columns' sums to four rows of the result.
 static void multiply_four(words side, const uint8_t *codes, const int8_t *planes, const float *keep, const float *factors,
                           float *out) {
-    int64_t width = side[SD_SEEN], stride = side[SD_CODE_BYTES] * 4;
+    int64_t width = side[SD_SEEN];
     for (int64_t r = 0; r < 4; r += WITHIN)
         UNROLL for (int p = 0; p < PARTS; p++) {
             const uint8_t *x = codes + p * BYTES;
             const int8_t *rounded = planes + r * PLANES;
             float *to = out + r * width + p * LANES;
             if (side[SD_CODEC] == RING_Q4)
-                multiply(RING_Q4, 0, x, stride, rounded, keep + r, factors + r, to, width);
+                multiply(RING_Q4, 0, x, rounded, keep + r, factors + r, to, width);
             else if (side[SD_BYTES] == 2)
-                multiply(RING_Q8, 1, x, stride, rounded, keep + r, factors + r, to, width);
+                multiply(RING_Q8, 1, x, rounded, keep + r, factors + r, to, width);
             else
-                multiply(RING_Q8, 0, x, stride, rounded, keep + r, factors + r, to, width);
+                multiply(RING_Q8, 0, x, rounded, keep + r, factors + r, to, width);
         }
 }
 
 // Add a block's values, which are codes, to rows first .. first + n - 1. The weights of as many rows and groups as ROUNDED
 // are rounded before any is multiplied, so that no product waits for its weights, and no weight for its group's lift.
-static void add_codes(words job, float *area, lines_of_block x, int64_t first, int64_t n, float *out, const task *t) {
+static void add_codes(words job, float *area, ring_piece x, int64_t first, int64_t n, float *out, const task *t) {
     words side = job + AT_VALUES;
     int64_t width = side[SD_SEEN], size = side[SD_GROUP], groups = width / size, row_bytes = side[SD_CODE_BYTES];
     int64_t together = max_of(1, ROUNDED / n);
@@ -149,7 +148,7 @@ static void add_codes(words job, float *area, lines_of_block x, int64_t first, i
     float *worth = in(area, job[AT_WORTH]);
     lift *lifts = (lift *)in(area, job[AT_LIFTS]);
     const float *keep = state_of(job, area, rows_of_task(job, t)).keep + first;
-    ask_for_scales(side, x.scales);
+    ask_for_scales(side, x);
     for (int64_t start = 0; start < groups; start += together) {
         int64_t stop = min_of(start + together, groups);
         for (int64_t g = start; g < stop; g++) {
@@ -161,11 +160,11 @@ static void add_codes(words job, float *area, lines_of_block x, int64_t first, i
             round_group(job, area, x.scales, g, lifts[g - start], first, n, planes + at * PLANES, worth + at, t);
         }
         for (int64_t d = start * size; d < stop * size; d += 32) {
-            int64_t at = (d / size - start) * n, column = d * row_bytes / width;
-            ask_for(x.codes + (BLOCKS_AHEAD * row_bytes + column) * CACHED, 32 * row_bytes / width * CACHED);
+            int64_t at = (d / size - start) * n, column = d * row_bytes / width * CACHED;
+            ask_for(x.codes + column + x.ahead, 32 * row_bytes / width * CACHED);
             for (int64_t r = 0; r < n; r += 4) {
                 const int8_t *rounded = planes + (at + r) * PLANES;
-                multiply_four(side, x.codes + column * 4, rounded, keep + r, worth + at + r, out + r * width + d);
+                multiply_four(side, x.codes + column, rounded, keep + r, worth + at + r, out + r * width + d);
             }
         }
     }
@@ -174,16 +173,16 @@ static void add_codes(words job, float *area, lines_of_block x, int64_t first, i
 // Add a block's values to rows first .. first + n - 1, all of one key-value head if heads have values of their own.
 static void add_values(words job, float *area, float *result, int64_t first, int64_t n, int64_t kv_head, const task *t) {
     words side = job + AT_VALUES;
-    int64_t width = side[SD_SEEN], head = side[SD_HEADS] > 1 ? kv_head : 0;
+    int64_t width = side[SD_SEEN];
     row_state state = state_of(job, area, rows_of_task(job, t));
     float *weights = in(area, job[AT_SCORES]) + first * CACHED, *out = result + first * width;
     const float *keep = state.keep + first, *share = state.share + first;
     int64_t start = t->low - t->block, stop = t->high - t->block;
     if (side[SD_INT8]) {
-        add_codes(job, area, find_lines(job, side, head, t->block), first, n, out, t);
+        add_codes(job, area, find_piece(job, side, kv_head, t), first, n, out, t);
     } else if (is_direct(side, n)) {
-        const void *x = find_lines(job, side, head, t->block).codes;
-        weigh_f16(weights, n, keep, share, x, start, stop, width, out);
+        ring_piece x = find_piece(job, side, kv_head, t);
+        weigh_f16(weights, n, keep, share, (const uint16_t *)x.codes, x.ahead, start, stop, width, out);
     } else {
         const float *x = decoded(job, side, area, kv_head, t->low, t->high - t->low) - start * width;
         weigh(weights, n, keep, share, x, start, stop, width, out);

@@ -25,7 +25,7 @@ enum { TASK = 32, ARGUMENTS = 33, UNITS = 34, STATE_WORDS = 40 };
 enum { JOB_TASK, JOB_ARGUMENTS, JOB_UNITS, JOB_WORDS };
 
 // RoPE and attention; AT_SCALE holds a float32, AT_CLOCK where the ring's clock is.
-enum { CACHED = 64, SPAN = 512 };  // cached tokens that attention takes at a time, and that it sums before it joins sums
+enum { CACHED = 64, SPAN = 1024 };  // cached tokens that attention takes at once, and that it sums before it joins sums
 enum { TILE = 16 };  // slots of the ring whose keys lie together
 enum { ROUNDED = 16 };  // rows times groups of values whose weights are rounded before any is multiplied, if rows are no more
 enum { AT_N, AT_HEADS, AT_KV_HEADS, AT_HEAD_DIM, AT_SLOTS, AT_WINDOW, AT_CLOCK, AT_SCALE };
@@ -36,7 +36,8 @@ enum { AT_SCORES = 32, AT_STATE, AT_BLOCK, AT_CODES, AT_FEATURES, AT_LIFTS, AT_P
 // The clock of a ring: tokens in it, and how many of the first stay.
 enum { LENGTH, SINKS };
 // Two sides: how the ring stores them, and how codes are decoded.
-enum { AT_KEYS = 48, AT_VALUES = 72, AT_WORDS = 96 };
-enum { SD_CODEC, SD_HEADS, SD_WIDTH, SD_PADDED, SD_GROUP, SD_CODE_BYTES, SD_SCALE_BYTES, SD_DATA, SD_SCALES };
-enum { SD_FEATURES = 9, SD_HIDDEN, SD_HIDDEN_BIAS, SD_ACTIVATION, SD_OUTPUT, SD_OUTPUT_BIAS };
-enum { SD_COS = 15, SD_SIN, SD_SEEN, SD_SHARED, SD_ROTATED, SD_MIRROR, SD_INT8, SD_VALUES, SD_BYTES };
+enum { AT_KEYS = 48, AT_VALUES = 80, AT_WORDS = 112 };
+enum { SD_CODEC, SD_HEADS, SD_WIDTH, SD_PADDED, SD_GROUP, SD_CODE_BYTES, SD_SCALE_BYTES, SD_DATA };
+enum { SD_HEAD_STRIDE = 8, SD_BLOCK_STRIDE };
+enum { SD_FEATURES = 10, SD_HIDDEN, SD_HIDDEN_BIAS, SD_ACTIVATION, SD_OUTPUT, SD_OUTPUT_BIAS };
+enum { SD_COS = 16, SD_SIN, SD_SEEN, SD_SHARED, SD_ROTATED, SD_MIRROR, SD_INT8, SD_VALUES, SD_BYTES };

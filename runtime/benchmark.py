@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from runtime.model import Model
 from runtime.ring.cache import KVRing
+from runtime.ring.codecs import BLOCK
 from runtime.rope import angles, frequencies
 
 READ_BYTES = 1 << 29  # for each thread, up to four: far more than caches hold
@@ -101,15 +102,14 @@ class Ours:
 def fill(cache: KVRing, depth: int) -> None:
     """Put `depth` tokens of noise into an empty ring that has room for them."""
     rng, freqs = np.random.default_rng(0), frequencies(cache.config)
-    some = np.arange(min(FILL, cache.slots))  # whole tiles
+    some = np.arange(min(FILL, cache.slots))  # whole blocks
     for plane in cache.planes:
         noise = rng.standard_normal((len(some), plane.heads * plane.width)).astype(np.float32)
         plane.write(some, noise)
-        for array in plane.arrays:
-            count = len(some) // array.shape[2]
-            for start in range(count, -(-depth // array.shape[2]), count):
-                room = array[:, start : start + count]
-                room[...] = array[:, : room.shape[1]]
+        count = len(some) // BLOCK
+        for start in range(count, -(-depth // BLOCK), count):
+            room = plane.data[:, start : start + count]
+            room[...] = plane.data[:, : room.shape[1]]
     for start in range(0, depth, FILL):
         positions = np.arange(start, min(start + FILL, depth))
         cache.note_turns(*angles(freqs, positions))

@@ -103,9 +103,7 @@ def add_append(cases: Cases, ring: KVRing, n: int, rng: np.random.Generator) -> 
     AttentionJobs(notes, notes.resolve, False).append(k, v, ring, 0)  # type: ignore[arg-type]
     NumpyKernels(1).append(k, v, ring, 0)
     for side, plane in zip((w.AT_KEYS, w.AT_VALUES), ring.planes, strict=True):
-        for word, array in ((w.SD_DATA, plane.codes), (w.SD_SCALES, plane.scales)):
-            if array.size:
-                cases.add(notes.steps, notes.words, side + word, array.reshape(-1).view(np.float32))
+        cases.add(notes.steps, notes.words, side + w.SD_DATA, plane.memory.view(np.float32))
 
 
 def add_rope(cases: Cases, ring: KVRing, n: int, rng: np.random.Generator) -> None:

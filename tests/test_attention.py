@@ -289,7 +289,7 @@ def test_what_memory_held_before_does_not_matter(int8_kernels: Kernels, codec: s
         for byte in (0, 255):
             ring = KVRing(config_of((8, 2, 64)), 1400, 64, 4, codec=codec)
             for plane in (ring.layers[0].keys, ring.layers[0].values):
-                plane.codes.view(np.uint8)[:] = plane.scales.view(np.uint8)[:] = byte
+                plane.memory[:] = byte
             fill(ring, int8_kernels, length + n)
             ring.length = length
             q = np.random.default_rng(7).standard_normal((n, 8 * 64)).astype(np.float32)

@@ -146,6 +146,17 @@ def test_a_ring_is_a_list(kind: str, steps: list[tuple[str, int]], capacity: int
         made.check()
 
 
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("side", ["k", "v"])
+def test_what_a_block_has_of_a_head_lies_in_one_piece(side: str, codec: str) -> None:
+    heads, blocks, block, slot = 3, 4, 2, 130
+    for together in (False, True):
+        plane = Plane(side, codec, heads, 64, 200, together=together)
+        plane.write(np.array([slot]), np.random.default_rng(0).standard_normal((1, heads * 64)).astype(np.float32))
+        pieces = np.flatnonzero(plane.memory) // (plane.nbytes // (heads * blocks))
+        assert set(pieces) == {block * heads + h if together else h * blocks + block for h in range(heads)}
+
+
 def squares_lost(x: np.ndarray, spread: float) -> tuple[np.ndarray, np.ndarray]:
     """Squared errors of each group of 32: as q4 stores it, and rounded between its ends. x: (n, 32) float32"""
     plane = Plane("v", "q4", 1, 32, len(x), learned=True)

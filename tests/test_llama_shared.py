@@ -97,9 +97,9 @@ def test_closing_gives_memory_back_and_an_empty_ring_takes_none(open_llama: Any)
     for written in (True, False):
         before = anonymous()
         llm = open_llama(n_ctx=200_000)
-        for codes in (plane.codes for plane in llm._session.cache.planes if written):
-            codes[:] = 1
-        codes = None
+        for memory in (plane.memory for plane in llm._session.cache.planes if written):
+            memory[:] = 1
+        memory = None
         assert (anonymous() - before > size / 2) == written
         llm.close()
         assert abs(anonymous() - before) < size / 10

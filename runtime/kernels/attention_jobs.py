@@ -53,7 +53,7 @@ def _describe(plane: Plane, decoder: Decoder | None, ring: KVRing, is_keys: bool
     """Describe a side. Features are what a decoder's last matrix is multiplied with; SD_SEEN wide is what scores are
     made with or values summed of: vectors as they are stored, features (shared by all heads), or rotated keys."""
     head_dim = -(-ring.config.head_dim // 16) * 16
-    side = _Side(np.zeros(w.AT_WORDS - w.AT_VALUES, np.int64), [plane.codes, plane.scales])
+    side = _Side(np.zeros(w.AT_WORDS - w.AT_VALUES, np.int64), [plane.memory])
 
     def pin(array: np.ndarray) -> int:
         side.keep.append(array)
@@ -65,7 +65,7 @@ def _describe(plane: Plane, decoder: Decoder | None, ring: KVRing, is_keys: bool
     words[w.SD_CODE_BYTES], words[w.SD_SCALE_BYTES] = plane.code_bytes, plane.scale_bytes
     words[w.SD_VALUES] = not is_keys
     words[w.SD_BYTES] = weight_bits(plane, decoder) // 7
-    words[w.SD_DATA], words[w.SD_SCALES] = address(plane.codes), address(plane.scales)
+    words[w.SD_DATA], words[w.SD_HEAD_STRIDE : w.SD_BLOCK_STRIDE + 1] = address(plane.memory), plane.data.strides[:2]
     words[w.SD_SEEN] = words[w.SD_FEATURES] = plane.padded
     words[w.SD_ROTATED] = plane.rotated
     words[w.SD_INT8] = int8 and stays_codes(plane, decoder, is_keys)
@@ -199,7 +199,7 @@ class AttentionJobs:
     @staticmethod
     def is_deep(ring: KVRing) -> bool:
         """Whether the next token sees so much that its spans may be worth cutting into runs."""
-        return min(ring.length + 1, ring.capacity) > 2 * w.SPAN
+        return min(ring.length + 1, ring.capacity) > w.SPAN
 
     def _cut(self, job: _LayerJob, ring: KVRing, *buffers: np.ndarray) -> None:
         """Attend with one token, its spans cut into runs: where heads share codes, or are too few for the threads."""

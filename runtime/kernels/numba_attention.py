@@ -49,16 +49,18 @@ def _span(job, area, queries, result, kv_first, kv_stop, first, tokens, sinks, s
     shifts = queries + word(job, w.AT_SHIFT) + (all_rows * 4 if near else 0)
     key_sets = 1 if word(keys, w.SD_SHARED) else heads
     value_sets = 1 if word(values, w.SD_SHARED) else heads
+    kv_heads = kv_first, kv_stop
     clear_state(job, area, all_rows)
     clear_values(job, area, result, all_rows)
     for block in range(start // CACHED * CACHED, stop, CACHED):
-        low, high = max(block, start), min(block + CACHED, stop)
+        sight = first, tokens, sinks, block, max(block, start), min(block + CACHED, stop)
         for k in range(key_sets):
-            score(job, area, queries, near, all_rows, k * rows, all_rows // key_sets, kv_first + k, block, low, high)
-        sight = first, tokens, sinks, block, low, high
+            n, kv_head = all_rows // key_sets, kv_first + k
+            score(job, area, queries, near, all_rows, k * rows, n, kv_head, kv_heads, sight)
         weigh_up(job, area, shifts, all_rows, sight)
         for k in range(value_sets):
-            add_values(job, area, result, k * rows, all_rows // value_sets, all_rows, kv_first + k, sight)
+            n, kv_head = all_rows // value_sets, kv_first + k
+            add_values(job, area, result, k * rows, n, all_rows, kv_head, kv_heads, sight)
     finish_values(job, area, result, all_rows)
     tops = result + all_rows * word(values, w.SD_SEEN) * 4
     for r in range(all_rows):

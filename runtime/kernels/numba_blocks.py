@@ -17,16 +17,21 @@ from .simd import load_f32, store_f32
 from .simd_tiles import prefetch_far
 from .words import CACHED
 
-BLOCKS_AHEAD = 2  # from a block that is read to the one that is asked for
+PIECES_AHEAD = 2  # pieces, of a block and a head, from one that is read to one that is asked for
 
 # ==== As they are stored ====
 
 
 @njit(forceinline=True)
-def find(job, side, head, block):
-    """Addresses of the codes and of the scales of a block, of which not all may be there."""
-    slots, slot = word(job, w.AT_SLOTS), slot_of(job, block)
-    return codes_at(side, slots, head, slot), scales_at(side, slots, head, slot)
+def find(job, side, kv_head, kv_heads, block):
+    """Addresses of the codes and the scales that a block has of one head, of which not all may be there, and how far
+    off those are that the unit reads PIECES_AHEAD pieces later. kv_heads: first and end of the unit's"""
+    heads, head, number, slot = 1, 0, 0, slot_of(job, block)
+    if word(side, w.SD_HEADS) > 1:
+        heads, head, number = kv_heads[1] - kv_heads[0], kv_head, kv_head - kv_heads[0]
+    later = number + PIECES_AHEAD
+    ahead = later // heads * word(side, w.SD_BLOCK_STRIDE) + (later % heads - number) * word(side, w.SD_HEAD_STRIDE)
+    return codes_at(side, head, slot), scales_at(side, head, slot), ahead
 
 
 @njit(forceinline=True)
@@ -39,9 +44,8 @@ def ask_for(address, count):
 
 @njit(forceinline=True)
 def ask_for_scales(side, scales):
-    """Ask for scales that will be read soon."""
-    block = word(side, w.SD_SCALE_BYTES) * CACHED
-    ask_for(scales + BLOCKS_AHEAD * block, block)
+    """Ask for the scales of a piece that will be read soon."""
+    ask_for(scales, word(side, w.SD_SCALE_BYTES) * CACHED)
 
 
 # ==== Decoded ====

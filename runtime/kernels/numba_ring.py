@@ -50,7 +50,7 @@ def rotate(source, target, cos, sin, head_dim):
 
 @njit(forceinline=True)
 def _tokens_of(job, unit):
-    """The new tokens of one tile of the ring: what two threads write does not share cache lines."""
+    """The new tokens of one tile of the ring: what two threads write hardly shares cache lines."""
     before = clock(job, w.LENGTH) % TILE
     return max(unit * TILE - before, 0), min((unit + 1) * TILE - before, word(job, w.AT_N))
 
@@ -93,45 +93,53 @@ def slot_of(job, position):
 
 
 @njit(forceinline=True)
-def codes_at(side, slots, head, slot):
-    """Where the codes of a slot's tile begin: rows one after the other, or, with scales, a tile of sixteen keys or of
-    four values (see codecs.py)."""
-    first = slot
-    if word(side, w.SD_SCALE_BYTES):
-        first = slot // 4 * 4 if word(side, w.SD_VALUES) else slot // 16 * 16
-    return word(side, w.SD_DATA) + (head * slots + first) * word(side, w.SD_CODE_BYTES)
+def scales_at(side, head, slot):
+    """Where the scales of a slot's block begin. Codes follow (see codecs.py)."""
+    start = word(side, w.SD_DATA) + head * word(side, w.SD_HEAD_STRIDE)
+    return start + slot // CACHED * word(side, w.SD_BLOCK_STRIDE)
 
 
 @njit(forceinline=True)
-def scales_at(side, slots, head, slot):
-    """Where the scales of a slot's sixteen tokens begin."""
-    return word(side, w.SD_SCALES) + (head * slots + slot // 16 * 16) * word(side, w.SD_SCALE_BYTES)
+def codes_at(side, head, slot):
+    """Where the codes of a slot's block begin."""
+    return scales_at(side, head, slot) + CACHED * word(side, w.SD_SCALE_BYTES)
+
+
+@njit(forceinline=True)
+def _place_of(side, slot, i):
+    """Where byte i of a slot's codes lies among those of its block."""
+    token, row, run = slot % CACHED, word(side, w.SD_CODE_BYTES), 16 if word(side, w.SD_CODEC) == Q4 else 32
+    if word(side, w.SD_SCALE_BYTES) == 0:
+        return token * row + i
+    if word(side, w.SD_VALUES):
+        return i // run * run * CACHED + token // 4 * 4 * run + i % run * 4 + token % 4
+    return token // TILE * TILE * row + i // 4 * 4 * TILE + token % TILE * 4 + i % 4
 
 
 # ==== Encoding ====
 
 
 @njit(forceinline=True)
-def _put(side, slots, head, slot, at, codes, n_codes, scales, n_scales):
+def _put(side, head, slot, at, codes, n_codes, scales, n_scales):
     """Store bytes at .. at + n_codes - 1 of a slot's codes, and the scales that belong to them."""
-    target = codes_at(side, slots, head, slot)
-    if n_scales == 0:
-        for i in range(0, n_codes, 4):
-            simd.write_i32(target, at + i, simd.read_i32(codes, i))
-    elif word(side, w.SD_VALUES):
-        for i in range(n_codes):
-            simd.write_u8(target, (at + i) * 4 + slot % 4, simd.read_u8(codes, i))
+    target = codes_at(side, head, slot)
+    if n_scales and word(side, w.SD_VALUES):
+        for i in range(0, n_codes, 16):
+            to = target + _place_of(side, slot, at + i)
+            for k in range(16):
+                simd.write_u8(to, k * 4, simd.read_u8(codes, i + k))
     else:
+        to, apart = target + _place_of(side, slot, at), TILE if n_scales else 1
         for i in range(0, n_codes, 4):
-            simd.write_i32(target, (at + i) * 16 + slot % 16 * 4, simd.read_i32(codes, i))
-    target = scales_at(side, slots, head, slot) + at * n_scales // n_codes * 16 + slot % 16 * 2
+            simd.write_i32(to, i * apart, simd.read_i32(codes, i))
+    target = scales_at(side, head, slot) + at * n_scales // n_codes * CACHED + slot % CACHED * 2
     for i in range(0, n_scales, 2):
-        simd.write_u8(target, i * 16, simd.read_u8(scales, i))
-        simd.write_u8(target, i * 16 + 1, simd.read_u8(scales, i + 1))
+        simd.write_u8(target, i * CACHED, simd.read_u8(scales, i))
+        simd.write_u8(target, i * CACHED + 1, simd.read_u8(scales, i + 1))
 
 
 @njit(**BARE)
-def _store(side, slots, head, slot, source, scratch):
+def _store(side, head, slot, source, scratch):
     """Encode one vector, its last group filled with zeros, and store it."""
     codec, width = word(side, w.SD_CODEC), word(side, w.SD_WIDTH)
     padded, size = word(side, w.SD_PADDED), word(side, w.SD_GROUP)
@@ -149,12 +157,12 @@ def _store(side, slots, head, slot, source, scratch):
         encode(codec, scratch, count, size, codes, scales)
         n_codes = word(side, w.SD_CODE_BYTES) * count // padded
         n_scales = word(side, w.SD_SCALE_BYTES) * count // padded
-        _put(side, slots, head, slot, start * n_codes // count, codes, n_codes, scales, n_scales)
+        _put(side, head, slot, start * n_codes // count, codes, n_codes, scales, n_scales)
 
 
 def append(job, unit):
     """Put one tile's new tokens, keys and values or their codes, into the ring."""
-    slots, scratch = word(job, w.AT_SLOTS), simd.scratch_32k()
+    scratch = simd.scratch_32k()
     first, stop = _tokens_of(job, unit)
     for token in range(first, stop):
         slot = slot_of(job, clock(job, w.LENGTH) + token)
@@ -163,7 +171,7 @@ def append(job, unit):
             heads, row = word(side, w.SD_HEADS), word(side, w.SD_WIDTH) * 4
             source = word(job, w.AT_V if which else w.AT_K) + token * heads * row
             for head in range(heads):
-                _store(side, slots, head, slot, source + head * row, scratch)
+                _store(side, head, slot, source + head * row, scratch)
 
 
 _rope, _append = njit(**BARE)(rope), njit(**BARE)(append)
@@ -182,9 +190,9 @@ def rope_append(job, unit):
 def _sixteen(side, codes, i, slot, scratch):
     """Bytes i .. i + 15 of a slot's codes, unsigned."""
     if word(side, w.SD_VALUES):
-        return byte_of_lanes(codes, i * 4, slot % 4)
+        return byte_of_lanes(codes, _place_of(side, slot - slot % 4, i), slot % 4)
     for k in range(0, 16, 4):
-        simd.write_i32(scratch, k, simd.read_i32(codes, (i + k) * 16 + slot % TILE * 4))
+        simd.write_i32(scratch, k, simd.read_i32(codes, _place_of(side, slot, i + k)))
     return simd.load_u8_as_i32(scratch, 0)
 
 
@@ -192,21 +200,21 @@ def _sixteen(side, codes, i, slot, scratch):
 def expand(job, side, head, position, count, target):
     """Read the vectors of `count` tokens of one block from a position on: rows of SD_PADDED float32."""
     codec, padded, size = word(side, w.SD_CODEC), word(side, w.SD_PADDED), word(side, w.SD_GROUP)
-    slots, first, scratch = word(job, w.AT_SLOTS), slot_of(job, position), simd.scratch_64()
+    first, scratch = slot_of(job, position), simd.scratch_64()
     for slot in range(first, first + count):
-        codes, row = codes_at(side, slots, head, slot), target + (slot - first) * padded * 4
-        scales = scales_at(side, slots, head, slot) + slot % TILE * 2
+        codes, row = codes_at(side, head, slot), target + (slot - first) * padded * 4
+        vector, scales = codes + _place_of(side, slot, 0), scales_at(side, head, slot) + slot % CACHED * 2
         for at in range(0, padded, 32 if codec == Q4 else 16):
             if codec == F16:
-                store_f32(row, at * 4, simd.load_f16_as_f32(codes, at * 2))
+                store_f32(row, at * 4, simd.load_f16_as_f32(vector, at * 2))
             elif codec == Q8:
                 q = _sixteen(side, codes, at, slot, scratch)
-                scale = simd.read_f16(scales, at // size * 32)
+                scale = simd.read_f16(scales, at // size * CACHED * 2)
                 store_f32(row, at * 4, simd.to_f32(q - ((q & 128) << 1)) * splat_f32(scale))
             elif codec == Q4:
-                scale, base = simd.read_f16(scales, at * 2), simd.read_f16(scales, at * 2 + 32)
+                scale, base = simd.read_f16(scales, at * 8), simd.read_f16(scales, at * 8 + CACHED * 2)
                 q = _sixteen(side, codes, at // 2, slot, scratch)
                 store_f32(row, at * 4, fma(simd.to_f32(q & 15), splat_f32(scale), splat_f32(base)))
                 store_f32(row, at * 4 + 64, fma(simd.to_f32(q >> 4), splat_f32(scale), splat_f32(base)))
             else:
-                store_f32(row, at * 4, load_f32(codes, at * 4))
+                store_f32(row, at * 4, load_f32(vector, at * 4))

@@ -12,7 +12,7 @@ from numba import njit
 from . import simd
 from . import words as w
 from .compiling import BARE
-from .numba_blocks import BLOCKS_AHEAD, ask_for, ask_for_scales, decoded, find, is_direct
+from .numba_blocks import ask_for, ask_for_scales, decoded, find, is_direct
 from .numba_codes import Q4
 from .numba_math import word
 from .numba_queries import STEP_BYTES, rounded
@@ -84,12 +84,12 @@ def _add_base(before, base, step):
 
 
 @njit(**BARE)
-def _exact_scores(side, codes, scales, n, quants, steps, scores):
+def _exact_scores(side, codes, scales, ahead, n, quants, steps, scores):
     """scores[r, j] = rounded row r times token j of a block, for all tokens; those of tokens that are not there may be
     no numbers. n: rows, in fours"""
     seen, size, codec = word(side, w.SD_SEEN), word(side, w.SD_GROUP), word(side, w.SD_CODEC)
-    groups, block, per_group = seen // size, word(side, w.SD_CODE_BYTES) * CACHED, 2 if codec == Q4 else 1
-    stride, step_bytes = groups * STEP_BYTES, block // (CACHED // TILE * groups)  # of a group of sixteen tokens
+    groups, per_group = seen // size, 2 if codec == Q4 else 1
+    stride, step_bytes = groups * STEP_BYTES, word(side, w.SD_CODE_BYTES) * TILE // groups  # of a group of a tile
     zero = splat_f32(np.float32(0.0))
     for j in range(0, CACHED * 4, TILE * 4):
         for r in range(0, n, 4):
@@ -97,13 +97,13 @@ def _exact_scores(side, codes, scales, n, quants, steps, scores):
             for g in range(groups):
                 x, step, at = quants + r * seen + g * size, steps + r * stride + g * STEP_BYTES, codes + g * step_bytes
                 if r == 0:
-                    ask_for(at + BLOCKS_AHEAD * block, step_bytes)
+                    ask_for(at + ahead, step_bytes)
                 exact = _products(codec, size, at, x, seen, step, stride)
-                scale = simd.load_f16_as_f32(scales, per_group * g * TILE * 2)
+                scale = simd.load_f16_as_f32(scales, per_group * g * CACHED * 2)
                 a, b = _add(a, exact[0], scale, step), _add(b, exact[1], scale, step + stride)
                 c, d = _add(c, exact[2], scale, step + 2 * stride), _add(d, exact[3], scale, step + 3 * stride)
                 if codec == Q4:
-                    base = simd.load_f16_as_f32(scales, (2 * g + 1) * TILE * 2)
+                    base = simd.load_f16_as_f32(scales, (2 * g + 1) * CACHED * 2)
                     a, b = _add_base(a, base, step), _add_base(b, base, step + stride)
                     c, d = _add_base(c, base, step + 2 * stride), _add_base(d, base, step + 3 * stride)
             out = scores + r * CACHED * 4 + j
@@ -111,29 +111,28 @@ def _exact_scores(side, codes, scales, n, quants, steps, scores):
             simd.store_f32(out, CACHED * 4, b)
             simd.store_f32(out, CACHED * 8, c)
             simd.store_f32(out, CACHED * 12, d)
-        codes, scales = codes + groups * step_bytes, scales + per_group * groups * TILE * 2
+        codes, scales = codes + groups * step_bytes, scales + TILE * 2
 
 
 @njit(**BARE)
-def score(job, area, queries, near, all_rows, at, n, kv_head, block, low, high):
+def score(job, area, queries, near, all_rows, at, n, kv_head, kv_heads, sight):
     """Scores of rows at .. at + n - 1, all of one key-value head if heads have keys of their own.
 
     queries: the area where rows are packed; near: whether those for the sinks are meant"""
     keys = job + w.AT_KEYS * 8
-    width = word(keys, w.SD_SEEN)
+    width, (_, _, _, block, low, high) = word(keys, w.SD_SEEN), sight
     scores = area + word(job, w.AT_SCORES) + at * CACHED * 4
-    head = kv_head if word(keys, w.SD_HEADS) > 1 else 0
     if word(keys, w.SD_INT8):
-        codes, scales = find(job, keys, head, block)
-        ask_for_scales(keys, scales)
+        codes, scales, ahead = find(job, keys, kv_head, kv_heads, block)
+        ask_for_scales(keys, scales + ahead)
         quants, steps = rounded(job, queries, (all_rows if near else 0) + at)
-        _exact_scores(keys, codes, scales, n, quants, steps, scores)
+        _exact_scores(keys, codes, scales, ahead, n, quants, steps, scores)
         return
     rows = queries + word(job, w.AT_NEAR if near else w.AT_QUERY) + at * width * 4
     start = (low - block) // 4 * 4
     if is_direct(keys, n):
-        x, _ = find(job, keys, head, block)
-        dots_f16(rows, width * 4, n, x, width * 2, start, high - block, width, scores, CACHED * 4)
+        x, _, ahead = find(job, keys, kv_head, kv_heads, block)
+        dots_f16(rows, width * 4, n, x, ahead, width * 2, start, high - block, width, scores, CACHED * 4)
     else:
         x = decoded(job, keys, area, kv_head, low, high - low) - (low - block) * width * 4
         dots(rows, width * 4, n, x, width * 4, start, high - block, width, scores, CACHED * 4)

@@ -12,7 +12,6 @@ from numba import njit
 from .compiling import BARE
 from .simd import fma, load_f16_as_f32, load_f32, read_f32, splat_f32, store_f32
 from .simd_tiles import prefetch_far, store_tile, sum_tile
-from .words import CACHED
 
 
 @njit(forceinline=True)
@@ -21,14 +20,15 @@ def _four(load, at, a0, a1, a2, a3):
 
 
 @njit(forceinline=True)
-def _dots(load, size, a, a_stride, rows, b, b_stride, first, stop, width, out, out_stride):
-    """See dots. load, size: how sixteen numbers of b are read, and the bytes of one"""
+def _dots(load, size, a, a_stride, rows, b, ahead, b_stride, first, stop, width, out, out_stride):
+    """See dots. load, size: how sixteen numbers of b are read, and the bytes of one; ahead: of halves, bytes from a
+    vector to the one that is asked for meanwhile"""
     for j in range(first, stop, 4):
         b0 = b + j * b_stride
         b1, b2, b3 = b0 + b_stride, b0 + 2 * b_stride, b0 + 3 * b_stride
         if size == 2:
             for i in range(0, b_stride * 4, 64):
-                prefetch_far(b0 + b_stride * CACHED, i)
+                prefetch_far(b0 + ahead, i)
         for i in range(0, rows, 4):
             a0 = a + i * a_stride
             a1, a2, a3 = a0 + a_stride, a0 + 2 * a_stride, a0 + 3 * a_stride
@@ -56,24 +56,26 @@ def dots(a, a_stride, rows, b, b_stride, first, stop, width, out, out_stride):
     """out[i, j] = the sum over d of a[i, d] * b[j, d], for i < rows and first <= j < stop, both in fours.
 
     width: of a multiple of 16; what lies between a whole number of fours and the ends is computed too."""
-    _dots(load_f32, 4, a, a_stride, rows, b, b_stride, first, stop, width, out, out_stride)
+    _dots(load_f32, 4, a, a_stride, rows, b, 0, b_stride, first, stop, width, out, out_stride)
 
 
 @njit(**BARE)
-def dots_f16(a, a_stride, rows, b, b_stride, first, stop, width, out, out_stride):
+def dots_f16(a, a_stride, rows, b, ahead, b_stride, first, stop, width, out, out_stride):
     """The same with float16 b."""
-    _dots(load_f16_as_f32, 2, a, a_stride, rows, b, b_stride, first, stop, width, out, out_stride)
+    _dots(load_f16_as_f32, 2, a, a_stride, rows, b, ahead, b_stride, first, stop, width, out, out_stride)
 
 
 @njit(forceinline=True)
-def _weigh(load, size, weights, stride, rows, keep, share, vectors, v_stride, first, stop, width, out, out_stride):
+def _weigh(
+    load, size, weights, stride, rows, keep, share, vectors, ahead, v_stride, first, stop, width, out, out_stride
+):
     """See weigh. load, size: as above"""
     # Few columns at a time, so that the vectors stay in the nearest cache while all rows use them.
     whole = width // 64 * 64
     for d in range(0, whole, 64):
         for i in range(0, rows, 4):
             _weigh_64(load, size, weights + i * stride, stride, keep + i * 4, share + i * 4, vectors + d * size,
-                      v_stride, first, stop, out + i * out_stride + d * 4, out_stride)  # fmt: skip
+                      ahead, v_stride, first, stop, out + i * out_stride + d * 4, out_stride)  # fmt: skip
     for d in range(whole, width, 16):
         for i in range(0, rows, 4):
             _weigh_16(load, weights + i * stride, stride, keep + i * 4, share + i * 4, vectors + d * size,
@@ -85,18 +87,18 @@ def weigh(weights, stride, rows, keep, share, vectors, v_stride, first, stop, wi
     """out[i] = out[i] * keep[i] + share[i] * the sum over j of weights[i, j] * vectors[j], i < rows, first <= j < stop.
 
     rows: in fours; width: of a multiple of 16; keep, share: (rows,) float32"""
-    _weigh(load_f32, 4, weights, stride, rows, keep, share, vectors, v_stride, first, stop, width, out, out_stride)
+    _weigh(load_f32, 4, weights, stride, rows, keep, share, vectors, 0, v_stride, first, stop, width, out, out_stride)
 
 
 @njit(**BARE)
-def weigh_f16(weights, stride, rows, keep, share, vectors, v_stride, first, stop, width, out, out_stride):
+def weigh_f16(weights, stride, rows, keep, share, vectors, ahead, v_stride, first, stop, width, out, out_stride):
     """The same with float16 vectors."""
-    _weigh(load_f16_as_f32, 2, weights, stride, rows, keep, share, vectors, v_stride, first, stop, width, out,
+    _weigh(load_f16_as_f32, 2, weights, stride, rows, keep, share, vectors, ahead, v_stride, first, stop, width, out,
            out_stride)  # fmt: skip
 
 
 @njit(forceinline=True)
-def _weigh_64(load, size, w0, stride, keep, share, vectors, v_stride, first, stop, o0, out_stride):
+def _weigh_64(load, size, w0, stride, keep, share, vectors, ahead, v_stride, first, stop, o0, out_stride):
     """Four rows, 64 columns."""
     w1, w2, w3 = w0 + stride, w0 + 2 * stride, w0 + 3 * stride
     zero = splat_f32(np.float32(0.0))
@@ -107,8 +109,8 @@ def _weigh_64(load, size, w0, stride, keep, share, vectors, v_stride, first, sto
     for j in range(first, stop):
         v = vectors + j * v_stride
         if size == 2:
-            prefetch_far(v + v_stride * CACHED, 0)
-            prefetch_far(v + v_stride * CACHED, 64)
+            prefetch_far(v + ahead, 0)
+            prefetch_far(v + ahead, 64)
         y0, y1, y2, y3 = load(v, 0), load(v, 16 * size), load(v, 32 * size), load(v, 48 * size)
         x = splat_f32(read_f32(w0, j * 4))
         s00, s01, s02, s03 = fma(x, y0, s00), fma(x, y1, s01), fma(x, y2, s02), fma(x, y3, s03)

@@ -13,7 +13,7 @@ from numba import njit
 from . import simd
 from . import words as w
 from .compiling import BARE
-from .numba_blocks import BLOCKS_AHEAD, ask_for, ask_for_scales, decoded, find, is_direct
+from .numba_blocks import ask_for, ask_for_scales, decoded, find, is_direct
 from .numba_codes import Q4
 from .numba_math import word
 from .numba_queries import rows_of
@@ -21,7 +21,7 @@ from .numba_tiles import add_scaled, weigh, weigh_f16
 from .numba_weights import sees_all, sight_of, state_of
 from .simd import dot4, fma, load_f32, load_u8, read_f32, splat_f32, splat_i32, splat_quad, store_f32, to_f32, write_f32
 from .simd_tiles import keep_lanes
-from .words import CACHED, TILE
+from .words import CACHED
 
 PLANES = 2 * CACHED  # bytes of a row's weights: high ones, then low ones; or one for each
 _ZERO = np.float32(0.0)
@@ -31,11 +31,11 @@ _ZERO = np.float32(0.0)
 
 
 @njit(forceinline=True)
-def _per_token(scales, number, n, whole, start, stop):
-    """What a block's tokens have as number `number` of n: four vectors, zero but for tokens start .. stop - 1."""
-    at = scales + number * TILE * 2
-    a, b = simd.load_f16_as_f32(at, 0), simd.load_f16_as_f32(at, n * TILE * 2)
-    c, d = simd.load_f16_as_f32(at, 2 * n * TILE * 2), simd.load_f16_as_f32(at, 3 * n * TILE * 2)
+def _per_token(scales, number, whole, start, stop):
+    """What a block's tokens have as number `number`: four vectors, zero but for tokens start .. stop - 1."""
+    at = scales + number * CACHED * 2
+    a, b = simd.load_f16_as_f32(at, 0), simd.load_f16_as_f32(at, 32)
+    c, d = simd.load_f16_as_f32(at, 64), simd.load_f16_as_f32(at, 96)
     return (a, b, c, d) if whole else _kept((a, b, c, d), start, stop)
 
 
@@ -113,8 +113,7 @@ def _round_group(job, area, scales, g, lift, at, n, all_rows, planes, worth, sig
     keep, share = state_of(job, area, all_rows, 2) + at * 4, state_of(job, area, all_rows, 3) + at * 4
     two, is_q4, whole = word(side, w.SD_BYTES) == 2, word(side, w.SD_CODEC) == Q4, sees_all(job, sight)
     per_group, start, stop = 2 if is_q4 else 1, sight[4] - sight[3], sight[5] - sight[3]
-    per_token = word(side, w.SD_SCALE_BYTES) // 2
-    own = _per_token(scales, per_group * g, per_token, whole, start, stop)
+    own = _per_token(scales, per_group * g, whole, start, stop)
     some, (factor, unit) = n if whole else 1, lift
     for r in range(0, n, some):
         if not whole:  # what others see must not matter
@@ -124,7 +123,7 @@ def _round_group(job, area, scales, g, lift, at, n, all_rows, planes, worth, sig
             write_f32(worth, k * 4, unit * read_f32(share, k * 4))
         _round_rows(weights + r * CACHED * 4, some, own, factor, two, planes + r * PLANES)
     if is_q4:
-        bases = _bases(own, _per_token(scales, 2 * g + 1, per_token, whole, start, stop))
+        bases = _bases(own, _per_token(scales, 2 * g + 1, whole, start, stop))
         _add_bases(weights, n, bases, keep, share, area + word(job, w.AT_BASES) + (g * all_rows + at) * 64)
 
 
@@ -149,12 +148,12 @@ def _four_dots(sums, weights, two, a, b):
 
 
 @njit(forceinline=True)
-def _multiply(is_q4, two, codes, stride, planes, keep, factors, out, out_stride):
-    """Add 32 columns' sums to four rows of the result. stride: from four tokens to the next"""
+def _multiply(is_q4, two, codes, planes, keep, factors, out, out_stride):
+    """Add 32 columns' sums to four rows of the result."""
     zero = splat_i32(np.int32(0))
     s0 = s1 = s2 = s3 = (zero, zero, zero, zero)
     for j in range(0, CACHED, 4):
-        a, b = _columns(codes + j // 4 * stride, is_q4)
+        a, b = _columns(codes + j * (16 if is_q4 else 32), is_q4)
         s0, s1 = _four_dots(s0, planes + j, two, a, b), _four_dots(s1, planes + PLANES + j, two, a, b)
         s2 = _four_dots(s2, planes + 2 * PLANES + j, two, a, b)
         s3 = _four_dots(s3, planes + 3 * PLANES + j, two, a, b)
@@ -173,31 +172,31 @@ def _add_pair(out, keep, factor, two, s):
 @njit(**BARE)
 def _multiply_four(side, codes, planes, keep, factors, out):
     """Add 32 columns' sums to four rows of the result."""
-    stride, width = word(side, w.SD_CODE_BYTES) * 4, word(side, w.SD_SEEN) * 4
+    width = word(side, w.SD_SEEN) * 4
     if word(side, w.SD_CODEC) == Q4:
-        _multiply(True, False, codes, stride, planes, keep, factors, out, width)
+        _multiply(True, False, codes, planes, keep, factors, out, width)
     elif word(side, w.SD_BYTES) == 2:
-        _multiply(False, True, codes, stride, planes, keep, factors, out, width)
+        _multiply(False, True, codes, planes, keep, factors, out, width)
     else:
-        _multiply(False, False, codes, stride, planes, keep, factors, out, width)
+        _multiply(False, False, codes, planes, keep, factors, out, width)
 
 
 @njit(**BARE)
-def _add_codes(job, area, result, codes, scales, first, n, all_rows, sight):
+def _add_codes(job, area, result, codes, scales, ahead, first, n, all_rows, sight):
     """Add a block's values, which are codes, to rows first .. first + n - 1. The weights of as many rows and groups as
     ROUNDED are rounded before any is multiplied, so that no product waits for its weights, and no weight for its
     group's lift."""
     side = job + w.AT_VALUES * 8
     width, size, row = word(side, w.SD_SEEN), word(side, w.SD_GROUP), word(side, w.SD_CODE_BYTES)
-    per_token, per_group = word(side, w.SD_SCALE_BYTES) // 2, 2 if word(side, w.SD_CODEC) == Q4 else 1
+    per_group = 2 if word(side, w.SD_CODEC) == Q4 else 1
     planes, worth = area + word(job, w.AT_PLANES), area + word(job, w.AT_WORTH)
     lifts = area + word(job, w.AT_LIFTS)
     keep, groups, together = state_of(job, area, all_rows, 2) + first * 4, width // size, max(1, w.ROUNDED // n)
-    ask_for_scales(side, scales)
+    ask_for_scales(side, scales + ahead)
     for begin in range(0, groups, together):
         end = min(begin + together, groups)
         for g in range(begin, end):
-            factor, unit = _find_lift(side, _per_token(scales, per_group * g, per_token, True, 0, CACHED))
+            factor, unit = _find_lift(side, _per_token(scales, per_group * g, True, 0, CACHED))
             write_f32(lifts, (g - begin) * 8, factor)
             write_f32(lifts, (g - begin) * 8 + 4, unit)
         for g in range(begin, end):
@@ -205,30 +204,29 @@ def _add_codes(job, area, result, codes, scales, first, n, all_rows, sight):
             to, unit = planes + at * PLANES, worth + at * 4
             _round_group(job, area, scales, g, lift, first, n, all_rows, to, unit, sight)
         for d in range(begin * size, end * size, 32):
-            at, column = (d // size - begin) * n, d * row // width
-            ask_for(codes + (BLOCKS_AHEAD * row + column) * CACHED, 32 * row // width * CACHED)
+            at, column = (d // size - begin) * n, d * row // width * CACHED
+            ask_for(codes + column + ahead, 32 * row // width * CACHED)
             for r in range(0, n, 4):
                 rounded, out = planes + (at + r) * PLANES, result + ((first + r) * width + d) * 4
-                _multiply_four(side, codes + column * 4, rounded, keep + r * 4, worth + (at + r) * 4, out)
+                _multiply_four(side, codes + column, rounded, keep + r * 4, worth + (at + r) * 4, out)
 
 
 @njit(**BARE)
-def add_values(job, area, result, at, n, all_rows, kv_head, sight):
+def add_values(job, area, result, at, n, all_rows, kv_head, kv_heads, sight):
     """Add a block's values to rows at .. at + n - 1, all of one key-value head if heads have values of their own."""
     side = job + w.AT_VALUES * 8
     width = word(side, w.SD_SEEN)
-    head = kv_head if word(side, w.SD_HEADS) > 1 else 0
     _, _, _, block, low, high = sight
     if word(side, w.SD_INT8):
-        codes, scales = find(job, side, head, block)
-        _add_codes(job, area, result, codes, scales, at, n, all_rows, sight)
+        codes, scales, ahead = find(job, side, kv_head, kv_heads, block)
+        _add_codes(job, area, result, codes, scales, ahead, at, n, all_rows, sight)
         return
     weights, out = area + word(job, w.AT_SCORES) + at * CACHED * 4, result + at * width * 4
     keep, share = state_of(job, area, all_rows, 2) + at * 4, state_of(job, area, all_rows, 3) + at * 4
     start, stop = low - block, high - block
     if is_direct(side, n):
-        x, _ = find(job, side, head, block)
-        weigh_f16(weights, CACHED * 4, n, keep, share, x, width * 2, start, stop, width, out, width * 4)
+        x, _, ahead = find(job, side, kv_head, kv_heads, block)
+        weigh_f16(weights, CACHED * 4, n, keep, share, x, ahead, width * 2, start, stop, width, out, width * 4)
     else:
         x = decoded(job, side, area, kv_head, low, high - low) - start * width * 4
         weigh(weights, CACHED * 4, n, keep, share, x, width * 4, start, stop, width, out, width * 4)

@@ -6,7 +6,7 @@ Kept apart from the kernels so that the backend can fill jobs without importing 
 from __future__ import annotations
 
 UNIT_ROWS, TOGETHER = 64, 16  # rows of a matrix that a pool unit computes; tokens that one prepares
-CACHED, SPAN = 64, 512  # cached tokens that attention takes at a time, and that it sums before it joins sums
+CACHED, SPAN = 64, 1024  # cached tokens that attention takes at a time, and that it sums before it joins sums
 TILE = 16  # slots of the ring whose keys lie together
 ROUNDED = 16  # rows times groups of values whose weights are rounded before any is multiplied, if rows are no more
 
@@ -34,10 +34,11 @@ AT_FIRST, AT_TILE, AT_SETS, AT_RUNS, AT_PARTS, AT_PART_BYTES = range(17, 23)
 AT_AREA, AT_AREA_BYTES, AT_QUERY, AT_NEAR, AT_SHIFT, AT_QUANTS, AT_STEPS, AT_TOTAL, AT_PART = range(23, 32)
 AT_SCORES, AT_STATE, AT_BLOCK, AT_CODES, AT_FEATURES, AT_LIFTS, AT_PLANES, AT_WORTH, AT_BASES = range(32, 41)
 # Two sides: how the ring stores them, and how codes are decoded (see attention_jobs.py)
-AT_KEYS, AT_VALUES, AT_WORDS = 48, 72, 96
-SD_CODEC, SD_HEADS, SD_WIDTH, SD_PADDED, SD_GROUP, SD_CODE_BYTES, SD_SCALE_BYTES, SD_DATA, SD_SCALES = range(9)
-SD_FEATURES, SD_HIDDEN, SD_HIDDEN_BIAS, SD_ACTIVATION, SD_OUTPUT, SD_OUTPUT_BIAS = range(9, 15)
-SD_COS, SD_SIN, SD_SEEN, SD_SHARED, SD_ROTATED, SD_MIRROR, SD_INT8, SD_VALUES, SD_BYTES = range(15, 24)
+AT_KEYS, AT_VALUES, AT_WORDS = 48, 80, 112
+SD_CODEC, SD_HEADS, SD_WIDTH, SD_PADDED, SD_GROUP, SD_CODE_BYTES, SD_SCALE_BYTES, SD_DATA = range(8)
+SD_HEAD_STRIDE, SD_BLOCK_STRIDE = range(8, 10)
+SD_FEATURES, SD_HIDDEN, SD_HIDDEN_BIAS, SD_ACTIVATION, SD_OUTPUT, SD_OUTPUT_BIAS = range(10, 16)
+SD_COS, SD_SIN, SD_SEEN, SD_SHARED, SD_ROTATED, SD_MIRROR, SD_INT8, SD_VALUES, SD_BYTES = range(16, 25)
 
 # The clock of a ring (cache.py): tokens in it, and how many of the first stay.
 LENGTH, SINKS = range(2)

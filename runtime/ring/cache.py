@@ -63,12 +63,14 @@ class KVRing:
         self.codec, self.length, self.sinks = codec, 0, sinks
         self.slots = slots_of(capacity, chunk)
         ranks = {(module.layer, module.side): module.rank for module in modules}
+        # Layers whose heads share codes that are summed as they are: they are read together.
+        shared = {module.layer for module in modules if module.rope != "before"}
 
         def plane(layer: int, side: str) -> Plane:
-            rank = ranks.get((layer, side))
+            rank, heads, together = ranks.get((layer, side)), config.n_kv_heads, layer in shared
             if rank is None:
                 facts = key_facts.get(layer) if side == "k" else None
-                return Plane(side, codecs[side], config.n_kv_heads, config.head_dim, self.slots, facts=facts)
+                return Plane(side, codecs[side], heads, config.head_dim, self.slots, together=together, facts=facts)
             return Plane(side, code_codec(codecs[side], rank), 1, rank, self.slots, learned=True)
 
         self.layers = [RingLayer(plane(i, "k"), plane(i, "v")) for i in range(config.n_layers)]
@@ -186,9 +188,8 @@ class KVRing:
         """A ring of its own with the same tokens: what is done to the one is not seen in the other."""
         other = KVRing(self.config, self.capacity, self.chunk, self.sinks, self.codec, self.modules, self.key_facts)
         for theirs, mine in zip(other.planes, self.planes, strict=True):
-            for to, source in zip(theirs.arrays, mine.arrays, strict=True):
-                used = -(-min(self.length, self.slots) // source.shape[2])
-                to[:, :used] = source[:, :used]
+            used = -(-min(self.length, self.slots) // BLOCK)
+            theirs.data[:, :used] = mine.data[:, :used]
         other.turns[:] = self.turns
         other.length, other.oldest = self.length, self.oldest
         return other

@@ -27,7 +27,6 @@ then rounded in smaller steps, at the cost of those that they hardly see.
 
 from __future__ import annotations
 
-import math
 import mmap
 import re
 from contextlib import suppress
@@ -86,11 +85,17 @@ class Plane:
     holds code i in its lower and code i + 16 in its upper half
     scales: of one vector (groups,) float16 for q8, (groups, 2) for q4 with scale and base, else none
 
+    Everything lies in the order in which attention reads it: the blocks of one head, then those of the next; or, where
+    all heads are read together, the heads of one block, then those of the next. What a block has of a head is in one
+    piece: the scales of its tokens, then their codes.
+    memory: (nbytes,) uint8, all of it; data: a view of (heads, blocks, bytes)
+
     Bytes lie as integer kernels take them, four to a 32-bit lane and 64 to a register, so that nothing is transposed
     when it is read. A lane has four bytes of one of sixteen keys, which are multiplied with a query's; or one byte of
-    each of four values, which are multiplied with four weights. Scales lie by sixteen tokens.
-    keys (heads, slots / 16, bytes / 4, 16 tokens, 4 bytes); values (heads, slots / 4, bytes / 16, 16 bytes, 4 tokens)
-    scales (heads, slots / 16, numbers, 16 tokens); f32 and f16 (heads, slots, numbers)
+    each of four values, which are multiplied with four weights. Of values, 32 numbers of all tokens lie together, P
+    bytes of each token.
+    scales (numbers, BLOCK tokens); codes of f32 and f16 (BLOCK tokens, numbers)
+    of keys (BLOCK / 16, bytes / 4, 16 tokens, 4 bytes); of values (bytes / P, BLOCK / 4, P bytes, 4 tokens)
     """
 
     def __init__(
@@ -102,10 +107,12 @@ class Plane:
         slots: int,
         learned: bool = False,
         facts: np.ndarray | None = None,
+        together: bool = False,
     ) -> None:
         """side: "k" or "v"; learned: it stores the codes of a learned projection; slots: rounded up to whole blocks
 
         facts: (2, heads, width) float32, of keys: the means that they scatter about, and their balance
+        together: attention reads all heads of a block before the next block
         """
         self.side, self.codec, self.heads, self.width = side, codec, heads, width
         self.slots = -(-slots // BLOCK) * BLOCK
@@ -119,27 +126,33 @@ class Plane:
         dtype = {"f32": np.float32, "f16": np.float16, "q8": np.int8, "q4": np.uint8}[codec]
         self.code_bytes = self.padded // 2 if codec == "q4" else self.padded * np.dtype(dtype).itemsize
         self.scale_bytes = {"q8": 2 * groups, "q4": 4 * groups}.get(codec, 0)
-        # Codes and scales of a slot, by tile and place in it: (heads, tiles, tokens of a tile, pieces, piece)
-        if self.scale_bytes:
-            tile = (self.slots // 16, self.code_bytes // 4, 16, 4)
-            if side == "v":
-                tile = (self.slots // 4, self.code_bytes // 16, 16, 4)
-            self.codes = _aligned((heads, *tile), dtype)
-            self._codes = self.codes.transpose((0, 1, 3, 2, 4) if side == "k" else (0, 1, 4, 2, 3))
+        blocks, n_scales = self.slots // BLOCK, BLOCK * self.scale_bytes
+        piece = n_scales + BLOCK * self.code_bytes
+        self.memory = _aligned(blocks * heads * piece)
+        by_block, by_head = (blocks, heads, piece), (heads, blocks, piece)
+        self.data = self.memory.reshape(by_block).swapaxes(0, 1) if together else self.memory.reshape(by_head)
+        # Views of (heads, blocks, tiles of a block, tokens of a tile, pieces, numbers of a piece)
+        scales = self.data[..., :n_scales].view(np.float16).reshape(heads, blocks, -1, BLOCK, 1, 1)
+        self._scales = scales.transpose(0, 1, 4, 3, 2, 5)
+        codes = self.data[..., n_scales:].view(dtype)
+        if not self.scale_bytes:
+            self._codes = codes.reshape(heads, blocks, BLOCK, 1, 1, self.padded)
+        elif side == "k":
+            codes = codes.reshape(heads, blocks, BLOCK // 16, self.code_bytes // 4, 16, 4)
+            self._codes = codes.transpose(0, 1, 2, 4, 3, 5)
         else:
-            self.codes = _aligned((heads, self.slots, self.padded), dtype)
-            self._codes = self.codes[:, :, None, None]
-        self.scales = _aligned((heads, self.slots // 16, self.scale_bytes // 2, 16), np.float16)
-        self._scales = self.scales.transpose(0, 1, 3, 2)[..., None]
+            per_32 = 32 * self.code_bytes // self.padded
+            codes = codes.reshape(heads, blocks, self.code_bytes // per_32, BLOCK // 4, per_32, 4)
+            self._codes = codes.transpose(0, 1, 3, 5, 2, 4)
 
     @property
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        """Everything that is stored, as (heads, tiles, tokens of a tile, pieces, numbers of a piece)."""
+        """Codes and scales: (heads, blocks, tiles of a block, tokens of a tile, pieces, numbers of a piece)."""
         return self._codes, self._scales
 
     @property
     def nbytes(self) -> int:
-        return self.codes.nbytes + self.scales.nbytes
+        return self.memory.nbytes
 
     def write(self, slots: np.ndarray, vectors: np.ndarray) -> None:
         """Store vectors. slots: (n,) integer; vectors: (n, heads * width) float32"""
@@ -186,32 +199,33 @@ class Plane:
 
 def rows(tiles: np.ndarray, slots: np.ndarray) -> np.ndarray:
     """Some slots of one of a plane's arrays. slots: (n,) integer; returns: (heads, n, numbers), a copy"""
-    found = tiles[:, slots // tiles.shape[2], slots % tiles.shape[2]]
-    return found.reshape(len(tiles), len(slots), -1)
+    return tiles[_places(tiles, slots)].reshape(len(tiles), len(slots), -1)
 
 
 def put_rows(tiles: np.ndarray, slots: np.ndarray, given: np.ndarray) -> None:
     """Write some slots of one of a plane's arrays. slots: (n,) integer; given: (heads, n, ...), a slot's numbers"""
-    shape = (len(tiles), len(slots), *tiles.shape[3:])
-    tiles[:, slots // tiles.shape[2], slots % tiles.shape[2]] = given.reshape(shape)
+    tiles[_places(tiles, slots)] = given.reshape(len(tiles), len(slots), *tiles.shape[4:])
 
 
-def _aligned(shape: tuple[int, ...], dtype: type) -> np.ndarray:
-    """Zeros in a mapping of their own: pages that are never written take no memory, and with the ring all go back.
+def _places(tiles: np.ndarray, slots: np.ndarray) -> tuple[slice | np.ndarray, ...]:
+    within, of_tile = slots % BLOCK, tiles.shape[3]
+    return slice(None), slots // BLOCK, within // of_tile, within % of_tile
+
+
+def _aligned(nbytes: int) -> np.ndarray:
+    """Zero bytes in a mapping of their own: pages that are never written take no memory, and with the ring all go back.
 
     np.zeros promises neither once the allocator has seen a ring go. Pages are large (2 MB) where the system has such:
     small ones are looked up every few tokens, and attention would wait for it.
     Raises MemoryError.
     """
-    count = math.prod(shape)  # np.prod would wrap
-    nbytes = max(1, count * np.dtype(dtype).itemsize)
     # Shared, as mmap makes them, a forked child would write into its parent's.
     flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
     try:
-        raw = mmap.mmap(-1, nbytes, **flags)
+        raw = mmap.mmap(-1, max(1, nbytes), **flags)
     except (OSError, OverflowError) as exc:
         raise MemoryError(f"for {nbytes} bytes of keys and values; take a smaller context (n_ctx, -c)") from exc
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # of a kernel without them
             raw.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(raw, dtype, count).reshape(shape)
+    return np.frombuffer(raw, np.uint8, nbytes)

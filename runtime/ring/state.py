@@ -148,7 +148,7 @@ def _pieces(ring: KVRing, length: int) -> Iterator[tuple[np.ndarray, np.ndarray]
 
 
 def _nbytes(tiles: np.ndarray, slots: np.ndarray) -> int:
-    return len(slots) * tiles[0, 0, 0].nbytes
+    return len(slots) * tiles[0, 0, 0, 0].nbytes
 
 
 def _as_bytes(array: np.ndarray) -> memoryview:
