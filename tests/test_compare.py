@@ -48,6 +48,17 @@ def test_the_table_has_a_line_for_each_file(folder: Path, capsys: pytest.Capture
     assert lines[3].startswith("| trit4.trit |") and lines[3].endswith("| - | - |")  # nothing is held against itself
 
 
+def test_every_model_must_have_been_made_for_the_window(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tiny.folder_with_tokenizer(tmp_path / "source")
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    (source / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 16}), encoding="utf-8")
+    convert(open_source(source), tmp_path / "short.trit", "trit1")
+    assert main([str(tmp_path / "short.trit"), *arguments(folder)]) == 2
+    assert capsys.readouterr().err.endswith(f"-c 32: the context of {tmp_path / 'short.trit'} has at most 16 tokens\n")
+
+
 def test_the_picture(folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     assert main(arguments(folder, "--plot", str(tmp_path / "out.png"))) == 0

@@ -12,6 +12,7 @@ import pytest
 from formats.codecs import CODECS
 from formats.container import dequantize, open_trit
 from formats.conversion.convert import convert
+from formats.conversion.pack import STREAMED
 from formats.errors import UnsupportedError
 from formats.sources.source import expected_tensors, open_source
 from tests import tiny
@@ -79,10 +80,10 @@ def test_each_tensor_gets_its_codec(folder: Path, quant: str, embed: str | None)
 def test_a_matrix_in_row_blocks_equals_the_matrix_at_once(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for quant in ("q8", "f16", "bf16", "f32"):
+    for quant in STREAMED:
         to_trit(folder, quant, name=f"{quant}-whole.trit", embed=quant)
     monkeypatch.setattr("formats.conversion.pack.BLOCK_ELEMENTS", 200)
-    for quant in ("q8", "f16", "bf16", "f32"):
+    for quant in STREAMED:
         to_trit(folder, quant, name=f"{quant}-rows.trit", embed=quant)
         whole, rows = (folder.parent / f"{quant}-{how}.trit" for how in ("whole", "rows"))
         assert whole.read_bytes() == rows.read_bytes()

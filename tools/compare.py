@@ -27,7 +27,7 @@ from runtime.progress import Bar
 from tools.arguments import add_run_arguments, positive, require_matplotlib
 from tools.compare_plot import Point, draw_points
 from tools.peers import LlamaCppModel, gguf_bits, k_quant
-from tools.perplexity import encode, read_text
+from tools.perplexity import encode_alike, read_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,7 +63,8 @@ def measure(args: argparse.Namespace, files: Sequence[tuple[str, str]]) -> list[
     base_path = args.kl or max((path for path in sizes if path.endswith(".trit")), key=sizes.__getitem__, default=None)
     if base_path is None:
         raise UserError("there is no .trit file among them, whose tokenizer cuts the text; give one with --kl")
-    ids, bos_id = encode(base_path, read_text(args.file), args.ctx_size)
+    others = [path for path in sizes if path.endswith(".trit") and path != base_path]
+    ids, bos_id = encode_alike(base_path, others, read_text(args.file), args.ctx_size)
     windows = evaluate.cut_windows(ids, args.ctx_size, bos_id, args.chunks)
     base = Model.load(base_path, args.backend, args.threads, args.activations, args.kv)
     points = []

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,17 @@ def encode(path: str, text: str, ctx: int) -> tuple[list[int], int | None]:
         return tokenizer.encode(text, add_bos=tokenizer.add_bos), tokenizer.bos_id if tokenizer.add_bos else None
 
 
+def encode_alike(path: str, others: Iterable[str], text: str, ctx: int) -> tuple[list[int], int | None]:
+    """Encode a text as `encode` does, for models that are compared.
+
+    Raises what `encode` does; UserError if the tokenizer of another gives other ids."""
+    found = encode(path, text, ctx)
+    for other in others:
+        if encode(other, text, ctx) != found:
+            raise UserError(f"{other}: its tokenizer gives other ids for this text than that of {path}")
+    return found
+
+
 def load(path: str, args: argparse.Namespace, kv: str) -> Model:
     """Open a model with the options that add_model_arguments defines."""
     return Model.load(path, args.backend, args.threads, args.activations, kv)
@@ -83,9 +94,7 @@ def load_both(args: argparse.Namespace) -> tuple[Model, Model | None]:
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Do what the arguments say and return the object that --json prints."""
     text = read_text(args.file)
-    ids, bos_id = encode(args.model, text, args.ctx_size)
-    if args.kl and encode(args.kl, text, args.ctx_size) != (ids, bos_id):
-        raise UserError(f"{args.kl}: its tokenizer gives other ids for this text; the two cannot be compared")
+    ids, bos_id = encode_alike(args.model, [args.kl] if args.kl else [], text, args.ctx_size)
     if args.stream or args.stream_windows or args.by_position or args.plot:
         return by_position(streams_of(ids, bos_id, args), args)
     windows = evaluate.cut_windows(ids, args.ctx_size, bos_id, args.chunks)
