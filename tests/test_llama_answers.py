@@ -101,7 +101,7 @@ def test_an_error_in_a_callback_leaves_the_context_right(llm: Llama, open_llama:
 
     for name in ("logits_processor", "stopping_criteria", "progress"):
         with pytest.raises(KeyError, match="mine"):
-            llm.create_completion("some words", max_tokens=3, **{name: fail})  # type: ignore[arg-type]
+            llm.create_completion("some words", max_tokens=3, temperature=0, **{name: fail})  # type: ignore[arg-type]
     options: dict[str, Any] = {"max_tokens": 8, "temperature": 0}
     assert text(llm("some words here", **options)) == text(open_llama()("some words here", **options))
 
