@@ -177,7 +177,7 @@ def test_calls_from_several_threads_queue(llm: Llama) -> None:
 
 
 def test_a_stream_in_the_same_thread_must_end_first(llm: Llama) -> None:
-    stream: Any = llm.create_completion("ab", max_tokens=5, stream=True)
+    stream: Any = llm.create_completion("ab", max_tokens=5, temperature=0, stream=True)
     next(stream)
     with pytest.raises(BusyError, match="still being streamed"):
         llm.create_completion("cd", max_tokens=1)
