@@ -77,9 +77,12 @@ INLINE char *codes_at(words side, int64_t head, int64_t slot) {
     return (char *)scales_at(side, head, slot) + CACHED * side[SD_SCALE_BYTES];
 }
 
+// Bytes of 32 codes, which lie together for all values of a block.
+INLINE int64_t bytes_of_32(int64_t codec) { return codec == RING_Q4 ? 16 : 32; }
+
 // Where byte i of a slot's codes lies among those of its block.
 INLINE int64_t place_of(words side, int64_t slot, int64_t i) {
-    int64_t token = slot % CACHED, row_bytes = side[SD_CODE_BYTES], run = side[SD_CODEC] == RING_Q4 ? 16 : 32;
+    int64_t token = slot % CACHED, row_bytes = side[SD_CODE_BYTES], run = bytes_of_32(side[SD_CODEC]);
     if (!side[SD_SCALE_BYTES]) return token * row_bytes + i;
     if (side[SD_VALUES]) return i / run * run * CACHED + token / 4 * 4 * run + i % run * 4 + token % 4;
     return token / TILE * TILE * row_bytes + i / 4 * 4 * TILE + token % TILE * 4 + i % 4;
@@ -90,12 +93,12 @@ INLINE int64_t place_of(words side, int64_t slot, int64_t i) {
 // Store bytes first .. first + n_codes - 1 of a slot's codes, and the scales that belong to them.
 INLINE void put(words side, int64_t head, int64_t slot, int64_t first, const char *codes, int64_t n_codes,
                 const uint16_t *scales, int64_t n_scales) {
-    char *target = codes_at(side, head, slot) + place_of(side, slot, first);
+    char *block = codes_at(side, head, slot), *target = block + place_of(side, slot, first);
     if (!n_scales)
         memcpy(target, codes, n_codes);
     else if (side[SD_VALUES])
         for (int64_t i = 0; i < n_codes; i += 16) {
-            char *to = codes_at(side, head, slot) + place_of(side, slot, first + i);
+            char *to = block + place_of(side, slot, first + i);
             for (int64_t k = 0; k < 16; k++) to[k * 4] = codes[i + k];
         }
     else

@@ -100,7 +100,7 @@ INLINE void round_group(words job, float *area, const uint16_t *scales, int64_t 
 INLINE void multiply(int codec, int two, const uint8_t *codes, const int8_t *planes, const float *keep,
                      const float *factors, float *out, int64_t out_stride) {
     vi high[WITHIN][2] = {{{0}}}, low[WITHIN][2] = {{{0}}};
-    for (int64_t j = 0; j < CACHED; j += 4, codes += codec == RING_Q4 ? 64 : 128) {
+    for (int64_t j = 0; j < CACHED; j += 4, codes += 4 * bytes_of_32(codec)) {
         vu a = v_load_bytes(codes), b = codec == RING_Q4 ? (a >> 4) - 8 : v_load_bytes(codes + 64);
         if (codec == RING_Q4) a = (a & 15) - 8;
         UNROLL for (int r = 0; r < WITHIN; r++) {

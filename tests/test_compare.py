@@ -59,6 +59,17 @@ def test_every_model_must_have_been_made_for_the_window(
     assert capsys.readouterr().err.endswith(f"-c 32: the context of {tmp_path / 'short.trit'} has at most 16 tokens\n")
 
 
+def test_every_tokenizer_must_give_the_same_ids(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tiny.folder_with_tokenizer(tmp_path / "source")
+    tiny.write_tokenizer(source, 300)
+    convert(open_source(source), tmp_path / "other.trit", "trit1")
+    assert main([str(tmp_path / "other.trit"), *arguments(folder)]) == 2
+    expected = f"other.trit: its tokenizer gives other ids for this text than that of {folder / 'f16.trit'}\n"
+    assert capsys.readouterr().err.endswith(expected)
+
+
 def test_the_picture(folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     assert main(arguments(folder, "--plot", str(tmp_path / "out.png"))) == 0

@@ -106,9 +106,15 @@ def codes_at(side, head, slot):
 
 
 @njit(forceinline=True)
+def bytes_of_32(codec):
+    """Bytes of 32 codes, which lie together for all values of a block."""
+    return 16 if codec == Q4 else 32
+
+
+@njit(forceinline=True)
 def _place_of(side, slot, i):
     """Where byte i of a slot's codes lies among those of its block."""
-    token, row, run = slot % CACHED, word(side, w.SD_CODE_BYTES), 16 if word(side, w.SD_CODEC) == Q4 else 32
+    token, row, run = slot % CACHED, word(side, w.SD_CODE_BYTES), bytes_of_32(word(side, w.SD_CODEC))
     if word(side, w.SD_SCALE_BYTES) == 0:
         return token * row + i
     if word(side, w.SD_VALUES):

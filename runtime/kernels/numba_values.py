@@ -14,9 +14,10 @@ from . import simd
 from . import words as w
 from .compiling import BARE
 from .numba_blocks import ask_for, ask_for_scales, decoded, find, is_direct
-from .numba_codes import Q4
+from .numba_codes import Q4, Q8
 from .numba_math import word
 from .numba_queries import rows_of
+from .numba_ring import bytes_of_32
 from .numba_tiles import add_scaled, weigh, weigh_f16
 from .numba_weights import sees_all, sight_of, state_of
 from .simd import dot4, fma, load_f32, load_u8, read_f32, splat_f32, splat_i32, splat_quad, store_f32, to_f32, write_f32
@@ -148,12 +149,12 @@ def _four_dots(sums, weights, two, a, b):
 
 
 @njit(forceinline=True)
-def _multiply(is_q4, two, codes, planes, keep, factors, out, out_stride):
+def _multiply(codec, two, codes, planes, keep, factors, out, out_stride):
     """Add 32 columns' sums to four rows of the result."""
     zero = splat_i32(np.int32(0))
     s0 = s1 = s2 = s3 = (zero, zero, zero, zero)
     for j in range(0, CACHED, 4):
-        a, b = _columns(codes + j * (16 if is_q4 else 32), is_q4)
+        a, b = _columns(codes + j * bytes_of_32(codec), codec == Q4)
         s0, s1 = _four_dots(s0, planes + j, two, a, b), _four_dots(s1, planes + PLANES + j, two, a, b)
         s2 = _four_dots(s2, planes + 2 * PLANES + j, two, a, b)
         s3 = _four_dots(s3, planes + 3 * PLANES + j, two, a, b)
@@ -174,11 +175,11 @@ def _multiply_four(side, codes, planes, keep, factors, out):
     """Add 32 columns' sums to four rows of the result."""
     width = word(side, w.SD_SEEN) * 4
     if word(side, w.SD_CODEC) == Q4:
-        _multiply(True, False, codes, planes, keep, factors, out, width)
+        _multiply(Q4, False, codes, planes, keep, factors, out, width)
     elif word(side, w.SD_BYTES) == 2:
-        _multiply(False, True, codes, planes, keep, factors, out, width)
+        _multiply(Q8, True, codes, planes, keep, factors, out, width)
     else:
-        _multiply(False, False, codes, planes, keep, factors, out, width)
+        _multiply(Q8, False, codes, planes, keep, factors, out, width)
 
 
 @njit(**BARE)
