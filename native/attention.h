@@ -12,16 +12,23 @@ INLINE vf exp2_of(float x) { return v_exp2(v_splat(x)); }
 
 // ==== One span ====
 
+// What is to be known of the block that a task has come to.
+INLINE void set_block(words job, task *t) {
+    t->low = max_of(t->block, t->start), t->high = min_of(t->block + CACHED, t->stop);
+    t->tiles = (sight){(t->low - t->block) / TILE * TILE, (t->high - t->block + TILE - 1) / TILE * TILE};
+    t->slot = slot_of(job, t->block), t->whole = sees_all(job, t);
+}
+
 // Attend to the positions of one span. queries: the area where rows are packed
 static void attend_span(words job, float *area, float *queries, float *result, task *t) {
-    int64_t heads = t->kv_stop - t->kv_first, rows = rows_of_tokens(job, t->tokens), all_rows = heads * rows;
+    int64_t heads = t->kv_stop - t->kv_first, rows = t->rows, all_rows = t->all_rows;
     int64_t key_sets = job[AT_KEYS + SD_SHARED] ? 1 : heads, value_sets = job[AT_VALUES + SD_SHARED] ? 1 : heads;
     int near = t->sinks && is_sliding(job);
     const float *shifts = in(queries, job[AT_SHIFT]) + (near ? all_rows : 0);
     clear_state(job, area, all_rows);
     clear_values(job, area, result, all_rows);
     for (t->block = t->start / CACHED * CACHED; t->block < t->stop; t->block += CACHED) {
-        t->low = max_of(t->block, t->start), t->high = min_of(t->block + CACHED, t->stop);
+        set_block(job, t);
         for (int64_t k = 0; k < key_sets; k++)
             score(job, area, queries, near, k * rows, all_rows / key_sets, t->kv_first + k, t);
         weigh_up(job, area, shifts, t);
@@ -105,19 +112,18 @@ KERNEL(attend_whole) {
     UNUSED;
     words job = at(address, 0);
     int64_t kv_head = unit % job[AT_KV_HEADS], first = job[AT_FIRST] + unit / job[AT_KV_HEADS] * job[AT_TILE];
-    int64_t tokens = min_of(job[AT_TILE], job[AT_N] - first), rows = rows_of_tokens(job, tokens);
-    int64_t width = job[AT_VALUES + SD_SEEN];
+    int64_t tokens = min_of(job[AT_TILE], job[AT_N] - first), width = job[AT_VALUES + SD_SEEN];
+    task t = task_of(job, kv_head, kv_head + 1, first, tokens);
     float *area = area_of(job, unit), *total = in(area, job[AT_TOTAL]), *part = in(area, job[AT_PART]);
     pack_unit(job, area, kv_head, kv_head + 1, first, tokens);
-    clear(total, rows, width);
-    task t = {kv_head, kv_head + 1, first, tokens, 0, 0, 0, 0, 0, 0};
+    clear(total, t.rows, width);
     vista s = vista_of(job, first, tokens);
     for (int64_t index = 0; index < s.spans; index++) {
         set_span(job, &t, s, index);
         attend_span(job, area, area, part, &t);
-        join_rows(total, rows, part, rows, 0, width);
+        join_rows(total, t.rows, part, t.rows, 0, width);
     }
-    finish_heads(job, area, total, rows, kv_head, first, tokens);
+    finish_heads(job, area, total, t.rows, kv_head, first, tokens);
     return 0;
 }
 
@@ -137,7 +143,7 @@ KERNEL(attend_spans) {
     int64_t sets = job[AT_SETS], share = job[AT_KV_HEADS] / sets, which = unit % sets;
     vista s = vista_of(job, job[AT_FIRST], 1);
     int64_t length = (s.spans + job[AT_RUNS] - 1) / job[AT_RUNS], run = unit / sets * length;
-    task t = {which * share, (which + 1) * share, job[AT_FIRST], 1, 0, 0, 0, 0, 0, 0};
+    task t = task_of(job, which * share, (which + 1) * share, job[AT_FIRST], 1);
     for (int64_t index = run; index < min_of(run + length, s.spans); index++) {
         set_span(job, &t, s, index);
         float *part = at(job[AT_PARTS], (index * sets + which) * job[AT_PART_BYTES]);

@@ -7,12 +7,18 @@ INLINE float *in(float *area, int64_t offset) { return area + offset / 4; }
 
 // ==== As they are stored ====
 
-// One unit's work on one span: which tokens, which key-value heads, whether it is one of the sinks; and the block of it
-// that it is at, of which positions low .. high - 1 are wanted.
+// Of a block's tokens those that are seen: from start to before stop.
+typedef struct { int64_t start, stop; } sight;
+
+// One unit's work: its key-value heads and tokens, rows of one head and of all heads; the span that it is at, and whether
+// that is one of the sinks; the block of it that it is at, the block's slot, of which positions low .. high - 1 are
+// wanted, the tiles that these lie in, and whether every row sees all of the block.
 typedef struct {
-    int64_t kv_first, kv_stop, first, tokens, start, stop;
-    int sinks;
-    int64_t block, low, high;
+    int64_t kv_first, kv_stop, first, tokens, rows, all_rows;
+    int64_t start, stop;
+    int sinks, whole;
+    int64_t block, slot, low, high;
+    sight tiles;
 } task;
 
 enum { PIECES_AHEAD = 2 };  // pieces from one that is read to one that is asked for
@@ -20,17 +26,18 @@ enum { PIECES_AHEAD = 2 };  // pieces from one that is read to one that is asked
 // A block's scales and codes of one head, and how far off those are that the unit reads PIECES_AHEAD pieces later.
 typedef struct { const uint16_t *scales; const uint8_t *codes; int64_t ahead; } ring_piece;
 
-// Of a block's tokens those that are seen: from start to before stop.
-typedef struct { int64_t start, stop; } sight;
-
 // A task's block of one head, of which not all tokens may be there.
-INLINE ring_piece find_piece(words job, words side, int64_t kv_head, const task *t) {
-    int64_t slot = slot_of(job, t->block), own = side[SD_HEADS] > 1, head = own ? kv_head : 0;
+INLINE ring_piece find_piece(words side, int64_t kv_head, const task *t) {
+    int64_t own = side[SD_HEADS] > 1, head = own ? kv_head : 0;
     int64_t heads = own ? t->kv_stop - t->kv_first : 1, number = own ? kv_head - t->kv_first : 0;
-    int64_t later = number + PIECES_AHEAD;
-    int64_t ahead = later / heads * side[SD_BLOCK_STRIDE] + (later % heads - number) * side[SD_HEAD_STRIDE];
-    return (ring_piece){scales_at(side, head, slot), (uint8_t *)codes_at(side, head, slot), ahead};
+    int64_t later = number + PIECES_AHEAD, blocks = 0;
+    for (; later >= heads; later -= heads) blocks++;
+    int64_t ahead = blocks * side[SD_BLOCK_STRIDE] + (later - number) * side[SD_HEAD_STRIDE];
+    return (ring_piece){scales_at(side, head, t->slot), (uint8_t *)codes_at(side, head, t->slot), ahead};
 }
+
+// The tokens of a block that a step goes through: all of them is known when the code is compiled.
+INLINE sight tokens_of_block(int whole, const task *t) { return whole ? (sight){0, CACHED} : t->tiles; }
 
 // x in lanes start .. stop - 1 of the LANES from `lane` on, `other` in the rest.
 INLINE vf keep_lanes(vf x, int64_t lane, sight seen, float other) {
@@ -42,8 +49,8 @@ INLINE vf keep_lanes(vf x, int64_t lane, sight seen, float other) {
 }
 
 // Ask for the scales of the piece that is to be read later.
-INLINE void ask_for_scales(words side, ring_piece x) {
-    ask_for((const char *)x.scales + x.ahead, side[SD_SCALE_BYTES] * CACHED);
+INLINE void ask_for_scales(words side, const ring_piece *x) {
+    ask_for((const char *)x->scales + x->ahead, side[SD_SCALE_BYTES] * CACHED);
 }
 
 // ==== Decoded ====

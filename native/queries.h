@@ -9,7 +9,11 @@ INLINE int64_t padded16(int64_t n) { return (n + 15) / 16 * 16; }
 INLINE int64_t group_of(words job) { return job[AT_HEADS] / job[AT_KV_HEADS]; }
 // Rows of one key-value head, in fours.
 INLINE int64_t rows_of_tokens(words job, int64_t tokens) { return (tokens * group_of(job) + 3) / 4 * 4; }
-INLINE int64_t rows_of_task(words job, const task *t) { return (t->kv_stop - t->kv_first) * rows_of_tokens(job, t->tokens); }
+
+INLINE task task_of(words job, int64_t kv_first, int64_t kv_stop, int64_t first, int64_t tokens) {
+    int64_t rows = rows_of_tokens(job, tokens);
+    return (task){kv_first, kv_stop, first, tokens, rows, (kv_stop - kv_first) * rows, .block = 0};
+}
 
 // Rounded rows and the steps of their groups, from a row on.
 INLINE int8_t *row_quants(words job, float *area, int64_t row) {

@@ -42,25 +42,25 @@ INLINE void score_four(int codec, int size, int64_t groups, const uint8_t *codes
     UNROLL for (int r = 0; r < 4; r++) v_store(scores + r * CACHED, sums[r]);
 }
 
-// scores[r, j] = rounded row r times token j of a block, for all tokens; those of tokens that are not there may be no
-// numbers. n: rows, in fours
-static void exact_scores(words side, ring_piece x, int64_t n, const int8_t *quants, const query_step *steps,
-                         float *scores) {
+// scores[r, j] = rounded row r times token j of a block, for `tokens`, which are whole tiles; those of tokens that are not
+// there may be no numbers. n: rows, in fours
+static void exact_scores(words side, const ring_piece *x, int64_t n, const int8_t *quants, const query_step *steps,
+                         sight tokens, float *scores) {
     int64_t seen = side[SD_SEEN], size = side[SD_GROUP], groups = seen / size;
     int64_t tile = side[SD_CODE_BYTES] * TILE / groups;
-    for (int64_t j = 0; j < CACHED; j += LANES) {
-        const uint8_t *lines = x.codes + j / TILE * groups * tile + j % TILE * 4;
+    for (int64_t j = tokens.start; j < tokens.stop; j += LANES) {
+        const uint8_t *lines = x->codes + j / TILE * groups * tile + j % TILE * 4;
         for (int64_t r = 0; r < n; r += 4) {
-            const uint8_t *next = r == 0 && j % TILE == 0 ? lines + x.ahead : 0;
+            const uint8_t *next = r == 0 && j % TILE == 0 ? lines + x->ahead : 0;
             const int8_t *row = quants + r * seen;
             const query_step *step = steps + r * groups;
             float *out = scores + r * CACHED + j;
             if (side[SD_CODEC] == RING_Q4)
-                score_four(RING_Q4, 32, groups, lines, tile, x.scales + j, row, seen, step, next, out);
+                score_four(RING_Q4, 32, groups, lines, tile, x->scales + j, row, seen, step, next, out);
             else if (size == 64)
-                score_four(RING_Q8, 64, groups, lines, tile, x.scales + j, row, seen, step, next, out);
+                score_four(RING_Q8, 64, groups, lines, tile, x->scales + j, row, seen, step, next, out);
             else
-                score_four(RING_Q8, 32, groups, lines, tile, x.scales + j, row, seen, step, next, out);
+                score_four(RING_Q8, 32, groups, lines, tile, x->scales + j, row, seen, step, next, out);
         }
     }
 }
@@ -72,15 +72,15 @@ static void score(words job, float *area, float *queries, int near, int64_t r, i
     int64_t width = keys[SD_SEEN], start = (t->low - t->block) / 4 * 4;
     float *scores = in(area, job[AT_SCORES]) + r * CACHED;
     if (keys[SD_INT8]) {
-        ring_piece x = find_piece(job, keys, kv_head, t);
-        int64_t row = (near ? rows_of_task(job, t) : 0) + r;
-        ask_for_scales(keys, x);
-        exact_scores(keys, x, n, row_quants(job, queries, row), row_steps(job, queries, row), scores);
+        ring_piece x = find_piece(keys, kv_head, t);
+        int64_t row = (near ? t->all_rows : 0) + r;
+        ask_for_scales(keys, &x);
+        exact_scores(keys, &x, n, row_quants(job, queries, row), row_steps(job, queries, row), t->tiles, scores);
         return;
     }
     const float *rows = in(queries, job[near ? AT_NEAR : AT_QUERY]) + r * width;
     if (is_direct(keys, n)) {
-        ring_piece x = find_piece(job, keys, kv_head, t);
+        ring_piece x = find_piece(keys, kv_head, t);
         const uint16_t *halves = (const uint16_t *)x.codes;
         dots_f16(rows, width, n, halves, x.ahead, width, start, t->high - t->block, width, scores, CACHED);
     } else {

@@ -35,6 +35,8 @@
 //   v_store_i8(p, x)     the low bytes of the lanes
 //   v_sum_lanes(x), v_top_lane(x)      the sum and the largest of integer lanes
 //   v_quarter(x, i)      lanes 4 i .. 4 i + 3 of sixteen
+//   v_of_four(x), v_four(x)            four lanes again and again; the first four lanes
+//   v4_max(x, y)         v_max of four lanes
 
 enum { BYTES = 4 * LANES };  // of a vector
 enum { TILE_BYTES = 32 };    // of each row of a tile
@@ -59,16 +61,19 @@ INLINE vu v_splat_quad(const int8_t *p) { int32_t x; memcpy(&x, p, sizeof x); re
 
 INLINE vf v_to_f32(vi x) { return __builtin_convertvector(x, vf); }
 
+// The lanes of x and y, which are counted through, in another order. indices: a vector of as wide integers
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLE(indices, x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
+#else
+#define SHUFFLE(indices, x, y, ...) __builtin_shuffle(x, y, (indices){__VA_ARGS__})
+#endif
+
 // 16 bytes, of each eight those of even number first: the order in which bytes hold pairs of nibbles.
 INLINE void evens_first(const int8_t *from, int8_t *to) {
     typedef int8_t v16b __attribute__((vector_size(16)));
     v16b x;
     memcpy(&x, from, sizeof x);
-#if defined(__clang__) || __GNUC__ >= 12
-    x = __builtin_shufflevector(x, x, 0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
-#else
-    x = __builtin_shuffle(x, (v16b){0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15});
-#endif
+    x = SHUFFLE(v16b, x, x, 0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
     memcpy(to, &x, sizeof x);
 }
 
@@ -124,6 +129,7 @@ INLINE vf v_exp2(vf x) {
 enum { PARTS = 16 / LANES };
 
 typedef struct { vf v[PARTS]; } f32x16;
+typedef int32_t v4i __attribute__((vector_size(16)));
 
 INLINE f32x16 load16(const float *p) {
     f32x16 x;
@@ -152,19 +158,25 @@ INLINE f32x16 fma16(f32x16 x, f32x16 y, f32x16 z) {
     return z;
 }
 
+INLINE v4f load4(const float *p) { v4f x; memcpy(&x, p, sizeof x); return x; }
+INLINE void store4(float *p, v4f x) { memcpy(p, &x, sizeof x); }
+
+// The largest lane of each of four, none of which is NaN.
+INLINE v4f largest_of_four(const f32x16 x[4]) {
+    v4f top[4];
+    UNROLL for (int i = 0; i < 4; i++) {
+        v4f even = v4_max(v_quarter(x[i].v, 0), v_quarter(x[i].v, 2)), odd = v4_max(v_quarter(x[i].v, 1), v_quarter(x[i].v, 3));
+        top[i] = v4_max(even, odd);
+    }
+    v4f a = v4_max(SHUFFLE(v4i, top[0], top[1], 0, 4, 1, 5), SHUFFLE(v4i, top[0], top[1], 2, 6, 3, 7));
+    v4f b = v4_max(SHUFFLE(v4i, top[2], top[3], 0, 4, 1, 5), SHUFFLE(v4i, top[2], top[3], 2, 6, 3, 7));
+    return v4_max(SHUFFLE(v4i, a, b, 0, 1, 4, 5), SHUFFLE(v4i, a, b, 2, 3, 6, 7));
+}
+
 // The sum of the lanes, as a tree of halves: one fixed order on every machine.
 INLINE float sum16(f32x16 x) {
     v4f half = (v_quarter(x.v, 0) + v_quarter(x.v, 2)) + (v_quarter(x.v, 1) + v_quarter(x.v, 3));
     return (half[0] + half[2]) + (half[1] + half[3]);
-}
-
-// The largest lane, none of which is NaN. As integers negative floats are in reverse order, unless their bits are flipped.
-INLINE float largest_lane(vf x) {
-    int32_t largest = v_top_lane((vi)x ^ ((vi)x >> 31 & 0x7FFFFFFF));
-    largest ^= largest >> 31 & 0x7FFFFFFF;
-    float number;
-    memcpy(&number, &largest, sizeof number);
-    return number;
 }
 
 // The larger of two magnitudes, which have no signs. Bits are compared: NaN is larger than every number.

@@ -19,6 +19,9 @@ typedef float v4f __attribute__((vector_size(16)));
     ((vf)_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)(p))), 16)))
 #define v_load_u8(p) ((vi)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const void *)(p))))
 #define v_load_i8(p) ((vi)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)(p))))
+#define v_of_four(x) ((vf)_mm256_insertf128_ps(_mm256_castps128_ps256(x), x, 1))
+#define v_four(x) ((v4f)_mm256_castps256_ps128(x))
+#define v4_max(x, y) ((v4f)_mm_max_ps(x, y))
 #define v_quarter(x, i) ((v4f)_mm256_extractf128_ps((x)[(i) / 2], (i) % 2))
 
 #define v_lookup_u8(table, i) \

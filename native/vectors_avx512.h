@@ -31,6 +31,9 @@ typedef float v4f __attribute__((vector_size(16)));
 #define v_store_i8(p, x) _mm_storeu_si128((void *)(p), _mm512_cvtepi32_epi8((__m512i)(x)))
 #define v_sum_lanes(x) _mm512_reduce_add_epi32((__m512i)(x))
 #define v_top_lane(x) _mm512_reduce_max_epi32((__m512i)(x))
+#define v_of_four(x) ((vf)_mm512_broadcast_f32x4((__m128)(x)))
+#define v_four(x) ((v4f)_mm512_castps512_ps128(x))
+#define v4_max(x, y) ((v4f)_mm_max_ps(x, y))
 #define v_quarter(x, i) ((v4f)_mm512_extractf32x4_ps((x)[0], i))
 
 static inline vi v_load_nibbles(const uint8_t *p) {

@@ -96,6 +96,9 @@ static inline void v_store_f16(uint16_t *p, vf x) {
     for (int i = 0; i < LANES; i++) p[i] = (uint16_t)(result[i] | sign[i]);
 }
 
+#define v_of_four(x) (x)
+#define v_four(x) (x)
+#define v4_max v_max
 #define v_quarter(x, i) ((x)[i])
 
 static inline void v_load_tile(const uint8_t *const *rows, int64_t offset, vu *tile) {

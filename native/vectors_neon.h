@@ -23,6 +23,9 @@ typedef vf v4f;
 #define v_read_f16(p) ((float)*(const __fp16 *)(p))
 #define v_sum_lanes(x) vaddvq_s32((int32x4_t)(x))
 #define v_top_lane(x) vmaxvq_s32((int32x4_t)(x))
+#define v_of_four(x) (x)
+#define v_four(x) (x)
+#define v4_max v_max
 #define v_quarter(x, i) ((x)[i])
 
 // Byte places, within a table of floats, of the floats with these numbers.

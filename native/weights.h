@@ -26,10 +26,10 @@ static void clear_state(words job, float *area, int64_t all_rows) {
 }
 
 // What row r sees of a block's positions, counted from the block on.
-INLINE sight sight_of(words job, int64_t r, int64_t rows, const task *t) {
-    int64_t position = clock_of(job, LENGTH) + t->first + r % rows / group_of(job);
+INLINE sight sight_of(words job, int64_t r, const task *t) {
+    int64_t position = clock_of(job, LENGTH) + t->first + r % t->rows / group_of(job);
     int64_t start = t->sinks ? t->low : max_of(t->low, oldest_of(job, position));
-    int64_t stop = r % rows < t->tokens * group_of(job) ? min_of(t->high, position + 1) : t->low;
+    int64_t stop = r % t->rows < t->tokens * group_of(job) ? min_of(t->high, position + 1) : t->low;
     return (sight){start - t->block, stop - t->block};
 }
 
@@ -40,20 +40,20 @@ INLINE int sees_all(words job, const task *t) {
     return whole && (t->sinks || t->low >= oldest_of(job, position + t->tokens - 1));
 }
 
-// The largest score of a row that it sees.
-INLINE float largest_score(const float *scores, int whole, sight seen) {
-    vf top = v_splat(NOTHING);
-    UNROLL for (int64_t i = 0; i < CACHED; i += LANES) {
+// The largest scores of those that a row sees, in sixteen lanes. tokens: those of the block that are looked at
+INLINE f32x16 largest_scores(const float *scores, int whole, sight tokens, sight seen) {
+    f32x16 top = splat16(NOTHING);
+    UNROLL for (int64_t i = tokens.start; i < tokens.stop; i += LANES) {
         vf s = v_load(scores + i);
-        top = v_max(whole ? s : keep_lanes(s, i, seen, NOTHING), top);
+        top.v[i / LANES % PARTS] = v_max(whole ? s : keep_lanes(s, i, seen, NOTHING), top.v[i / LANES % PARTS]);
     }
-    return largest_lane(top);
+    return top;
 }
 
 // One row's weights, and their sum in 16 lanes.
-INLINE f32x16 weights_of_row(float *scores, float top, int whole, sight seen) {
+INLINE f32x16 weights_of_row(float *scores, float top, int whole, sight tokens, sight seen) {
     f32x16 total = splat16(0.0f);
-    UNROLL for (int64_t i = 0; i < CACHED; i += LANES) {
+    UNROLL for (int64_t i = tokens.start; i < tokens.stop; i += LANES) {
         vf s = v_exp2(v_load(scores + i) - top);
         if (!whole) s = keep_lanes(s, i, seen, 0.0f);
         v_store(scores + i, s);
@@ -62,28 +62,38 @@ INLINE f32x16 weights_of_row(float *scores, float top, int whole, sight seen) {
     return total;
 }
 
-// Turn scores of a block into weights, and note what all rows' sums are to be multiplied with.
+// Turn the scores of a block and four rows into weights, and note what the rows' sums are to be multiplied with.
 // shifts: what is to be added to all scores of a row
+INLINE void weigh_four(words job, float *scores, const float *shifts, row_state state, int64_t r, int whole, const task *t) {
+    sight tokens = tokens_of_block(whole, t), seen[4];
+    f32x16 tops[4];
+    UNROLL for (int i = 0; i < 4; i++) {
+        seen[i] = whole ? tokens : sight_of(job, r + i, t);
+        tops[i] = largest_scores(scores + i * CACHED, whole, tokens, seen[i]);
+    }
+    v4f largest = largest_of_four(tops), before = load4(state.tops + r), mine = largest + load4(shifts + r);
+    v4f top = v4_max(mine, before);
+    vf keep = v_exp2(v_of_four(before - top)), share = v_exp2(v_of_four(mine - top));
+    store4(state.tops + r, top);
+    store4(state.largest + r, largest);
+    store4(state.keep + r, v_four(keep));
+    store4(state.share + r, v_four(share));
+    UNROLL for (int i = 0; i < 4; i++) {
+        float *sums = state.sums + (r + i) * 16;
+        f32x16 total = weights_of_row(scores + i * CACHED, state.largest[r + i], whole, tokens, seen[i]), past = load16(sums);
+        total = fma16(total, splat16(state.share[r + i]), mul16(past, splat16(state.keep[r + i])));
+        UNROLL for (int p = 0; p < PARTS; p++) v_store(sums + p * LANES, total.v[p]);
+    }
+}
+
+// Turn the scores of a block into weights.
 static void weigh_up(words job, float *area, const float *shifts, const task *t) {
-    int64_t rows = rows_of_tokens(job, t->tokens), all_rows = rows_of_task(job, t);
-    float *scores = in(area, job[AT_SCORES]);
-    row_state state = state_of(job, area, all_rows);
-    int whole = sees_all(job, t);
-    sight seen = {0, CACHED};
-    for (int64_t r = 0; r < all_rows; r++) {
-        if (!whole) seen = sight_of(job, r, rows, t);
-        state.largest[r] = largest_score(scores + r * CACHED, whole, seen);
-    }
-    for (int64_t i = 0; i < all_rows; i += LANES) {
-        vf before = v_load(state.tops + i), mine = v_load(state.largest + i) + v_load(shifts + i), top = v_max(mine, before);
-        v_store(state.tops + i, top);
-        v_store(state.keep + i, v_exp2(before - top));
-        v_store(state.share + i, v_exp2(mine - top));
-    }
-    for (int64_t r = 0; r < all_rows; r++) {
-        if (!whole) seen = sight_of(job, r, rows, t);
-        f32x16 total = weights_of_row(scores + r * CACHED, state.largest[r], whole, seen), past = load16(state.sums + r * 16);
-        total = fma16(total, splat16(state.share[r]), mul16(past, splat16(state.keep[r])));
-        UNROLL for (int p = 0; p < PARTS; p++) v_store(state.sums + r * 16 + p * LANES, total.v[p]);
+    row_state state = state_of(job, area, t->all_rows);
+    for (int64_t r = 0; r < t->all_rows; r += 4) {
+        float *scores = in(area, job[AT_SCORES]) + r * CACHED;
+        if (t->whole)
+            weigh_four(job, scores, shifts, state, r, 1, t);
+        else
+            weigh_four(job, scores, shifts, state, r, 0, t);
     }
 }

@@ -218,7 +218,8 @@ def expand(job, side, head, position, count, target):
                 scale = simd.read_f16(scales, at // size * CACHED * 2)
                 store_f32(row, at * 4, simd.to_f32(q - ((q & 128) << 1)) * splat_f32(scale))
             elif codec == Q4:
-                scale, base = simd.read_f16(scales, at * 8), simd.read_f16(scales, at * 8 + CACHED * 2)
+                of_group = scales + at // 32 * CACHED * 4
+                scale, base = simd.read_f16(of_group, 0), simd.read_f16(of_group, CACHED * 2)
                 q = _sixteen(side, codes, at // 2, slot, scratch)
                 store_f32(row, at * 4, fma(simd.to_f32(q & 15), splat_f32(scale), splat_f32(base)))
                 store_f32(row, at * 4 + 64, fma(simd.to_f32(q >> 4), splat_f32(scale), splat_f32(base)))
