@@ -43,7 +43,7 @@ INLINE lift find_lift(form f, const group_units *units, sight seen) {
         vf scale = units->scales[i];
         top = v_larger(top, f.whole ? scale : keep_lanes(scale, i * LANES, seen, 0.0f));
     }
-    float largest = largest_magnitude(top), most = f.two ? 16383.0f : 127.0f;
+    float largest = largest_magnitude(top), most = f.two ? 16383.0f : f.codec == RING_Q4 ? 255.0f : 127.0f;
     return (lift){largest > 0.0f ? most / largest : 0.0f, largest / most};
 }
 
@@ -108,7 +108,10 @@ INLINE void multiply(form f, const uint8_t *codes, const int8_t *planes, const f
         if (f.codec == RING_Q4) a = (a & 15) - 8;
         UNROLL for (int r = 0; r < WITHIN; r++) {
             vu x = v_splat_quad(planes + r * PLANES + j);
-            high[r][0] = v_dot4(high[r][0], x, a), high[r][1] = v_dot4(high[r][1], x, b);
+            if (f.codec == RING_Q4)
+                high[r][0] = v_dot4_u8(high[r][0], x, a), high[r][1] = v_dot4_u8(high[r][1], x, b);
+            else
+                high[r][0] = v_dot4(high[r][0], x, a), high[r][1] = v_dot4(high[r][1], x, b);
             if (f.two) {
                 vu y = v_splat_quad(planes + r * PLANES + CACHED + j);
                 low[r][0] = v_dot4(low[r][0], y, a), low[r][1] = v_dot4(low[r][1], y, b);

@@ -20,6 +20,7 @@
 //   v_max, v_min         x > y ? x : y; x < y ? x : y
 //   v_min_u8(x, y)       of bytes
 //   v_dot4(acc, q, x)    acc + the sum of four products in each lane: q unsigned and at most 127, x signed; exact
+//   v_dot4_u8(acc, q, x) the same of any unsigned q, and x of at most 64 in magnitude
 //   v_dot4_i8(acc, q, x) the same of signed q, as v_factor_i8 gives it, and x above -128, if I8_OFFSET times the sum
 //                        of x is added to acc
 //   v_load_tile(rows, offset, tile)    32 bytes of LANES rows, transposed: lane r of tile[j] is bytes 4 j .. 4 j + 3

@@ -27,6 +27,7 @@ typedef float v4f __attribute__((vector_size(16)));
 #define v_lookup_u8(table, i) \
     ((vu)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)(table))), (__m256i)(i)))
 
+#define v_dot4_u8 v_dot4  // 16 bits hold 2 * 255 * 64
 #if defined(__AVXVNNI__)
 // The instruction wants unsigned factors: they become q + 128.
 #define I8_OFFSET -128

@@ -17,6 +17,7 @@ typedef float v4f __attribute__((vector_size(16)));
 #define I8_OFFSET -128
 #define v_factor_i8(q) ((q) ^ 128)
 #define v_dot4_i8 v_dot4
+#define v_dot4_u8 v_dot4
 #define v_lookup_u8(table, i) \
     ((vu)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const void *)(table))), (__m512i)(i)))
 #define v_lookup(table, i) ((vf)_mm512_permutex2var_ps(_mm512_loadu_ps(table), (__m512i)(i), _mm512_loadu_ps((table) + 16)))

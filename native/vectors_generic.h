@@ -35,6 +35,7 @@ static inline vi v_dot4(vi acc, vu q, vu x) {
 // The factors may be any bytes: -128 * 127 * 2 does not fit 16 bits, so each product is its own.
 #define I8_OFFSET 0
 #define v_factor_i8(q) (q)
+#define v_dot4_u8 v_dot4
 static inline vi v_dot4_i8(vi acc, vu q, vu x) {
     for (int k = 0; k < 32; k += 8) acc += ((vi)q << (24 - k) >> 24) * ((vi)x << (24 - k) >> 24);
     return acc;

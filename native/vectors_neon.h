@@ -17,6 +17,8 @@ typedef vf v4f;
 #define I8_OFFSET 0
 #define v_factor_i8(q) (q)
 #define v_dot4_i8 v_dot4
+// The instruction wants signed factors: they become q - 128, and x times 128 is added.
+#define v_dot4_u8(acc, q, x) (v_dot4(acc, (vu)(q) ^ 128, x) + (v_dot4((vi){0}, (vu){0} + 1, x) << 7))
 #define v_lookup_u8(table, i) ((vu)vqtbl1q_u8(vld1q_u8(table), (uint8x16_t)(i)))
 #define v_load_f16(p) ((vf)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const uint16_t *)(p)))))
 #define v_store_f16(p, x) vst1_u16((uint16_t *)(p), vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)(x))))

@@ -25,7 +25,7 @@ enum { TASK = 32, ARGUMENTS = 33, UNITS = 34, STATE_WORDS = 40 };
 enum { JOB_TASK, JOB_ARGUMENTS, JOB_UNITS, JOB_WORDS };
 
 // RoPE and attention; AT_SCALE holds a float32, AT_CLOCK where the ring's clock is.
-enum { CACHED = 64, SPAN = 1024 };  // cached tokens that attention takes at once, and that it sums before it joins sums
+enum { CACHED = 128, SPAN = 1024 };  // cached tokens that attention takes at once, and that it sums before it joins sums
 enum { TILE = 16 };  // slots of the ring whose keys lie together
 enum { ROUNDED = 16 };  // rows times groups of values whose weights are rounded before any is multiplied, if rows are no more
 enum { AT_N, AT_HEADS, AT_KV_HEADS, AT_HEAD_DIM, AT_SLOTS, AT_WINDOW, AT_CLOCK, AT_SCALE };

@@ -18,7 +18,7 @@ from runtime.config import ModelConfig
 from runtime.errors import CacheError
 from runtime.kernels.numpy_backend import NumpyKernels
 from runtime.ring.cache import KVRing
-from runtime.ring.codecs import CODECS, Plane
+from runtime.ring.codecs import BLOCK, CODECS, Plane
 from runtime.ring.rounding import hadamard
 from runtime.ring.state import MAGIC
 from runtime.rope import angles, frequencies
@@ -63,7 +63,7 @@ class Listed:
         ring.advance(n)
 
     def slot(self, position: int) -> int:
-        base, slots = -(-self.ring.sinks // 64) * 64, self.ring.slots
+        base, slots = -(-self.ring.sinks // BLOCK) * BLOCK, self.ring.slots
         return position if position < base else base + (position - base) % (slots - base)
 
     def seen(self) -> list[int]:
@@ -149,10 +149,11 @@ def test_a_ring_is_a_list(kind: str, steps: list[tuple[str, int]], capacity: int
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("side", ["k", "v"])
 def test_what_a_block_has_of_a_head_lies_in_one_piece(side: str, codec: str) -> None:
-    heads, blocks, block, slot = 3, 4, 2, 130
+    heads, blocks, block = 3, 4, 2
     for together in (False, True):
-        plane = Plane(side, codec, heads, 64, 200, together=together)
-        plane.write(np.array([slot]), np.random.default_rng(0).standard_normal((1, heads * 64)).astype(np.float32))
+        plane = Plane(side, codec, heads, 64, blocks * BLOCK - 56, together=together)
+        x = np.random.default_rng(0).standard_normal((1, heads * 64)).astype(np.float32)
+        plane.write(np.array([block * BLOCK + 2]), x)
         pieces = np.flatnonzero(plane.memory) // (plane.nbytes // (heads * blocks))
         assert set(pieces) == {block * heads + h if together else h * blocks + block for h in range(heads)}
 
@@ -185,9 +186,12 @@ def test_q4_fits_its_steps() -> None:
 # ---- refusals ---------------------------------------------------------------------------------------------
 
 
+FULL, HELD = 3 * BLOCK + 16, 2 * BLOCK + 16  # tokens of a ring that has gone round, and the oldest that it holds
+
+
 def a_full_one(kind: str = "q8", **how: Any) -> KVRing:
     made = Listed(**{"capacity": 8, "sinks": 2, "chunk": 4, "kind": kind, **how})
-    for i in range(50):
+    for i in range(FULL // 4):
         made.append(4, i)
     return made.ring
 
@@ -226,10 +230,10 @@ def forged(ring: KVRing, head: bytes | dict[str, Any], planes: bytes | None = No
 
 FORGED: list[bytes | dict[str, Any]] = [
     b"", b"{", b"[]", b"null", b"1" * 5000, b"[" * 100_000, b"\xff\xfe", b'{"length": 1}',
-    {"length": -1}, {"length": 200.0}, {"length": None}, {"length": True}, {"length": 10**30}, {"length": "200"},
-    {"length": 1e400}, {"length": [200]}, {"length": 2**40 - 1}, {"length": 3}, {"sinks": 8}, {"sinks": -1},
-    {"sinks": 1.0}, {"oldest": 999}, {"oldest": 0}, {"oldest": 135}, {"oldest": 200}, {"more": 1},
-    {"modules": {}}, {"codec": 7},
+    {"length": -1}, {"length": float(FULL)}, {"length": None}, {"length": True}, {"length": 10**30},
+    {"length": str(FULL)}, {"length": 1e400}, {"length": [FULL]}, {"length": 2**40 - 1}, {"length": 3},
+    {"sinks": 8}, {"sinks": -1}, {"sinks": 1.0}, {"oldest": 999}, {"oldest": 0}, {"oldest": HELD - 1},
+    {"oldest": FULL}, {"more": 1}, {"modules": {}}, {"codec": 7},
 ]  # fmt: skip
 
 
@@ -266,15 +270,15 @@ def test_any_json_in_place_of_a_number_is_refused_or_harmless(junk: Any, key: in
 def test_an_interrupted_chunk_cannot_be_undone_past_what_it_overwrote() -> None:
     """Its first layer was written, then came Ctrl-C: the length is as before, but old tokens are gone."""
     ring = a_full_one()
-    assert ring.length == 200 and ring.oldest == 136
-    ring.note_turns(*angles(frequencies(CONFIG), np.arange(200, 204)))
+    assert ring.length == FULL and ring.oldest == HELD
+    ring.note_turns(*angles(frequencies(CONFIG), np.arange(FULL, FULL + 4)))
     KERNELS.append(np.ones((4, 12), np.float32), np.ones((4, 12), np.float32), ring, 0)
     with pytest.raises(CacheError, match="slid out"):
-        ring.trim(144)
-    ring.trim(200)
+        ring.trim(HELD + 8)
+    ring.trim(FULL)
     copy = a_full_one()
     copy.load(ring.save())
-    assert copy.oldest == ring.oldest == 140
+    assert copy.oldest == ring.oldest == HELD + 4
 
 
 def test_sinks_can_change_until_something_has_slid_out() -> None:
@@ -290,14 +294,14 @@ def test_sinks_can_change_until_something_has_slid_out() -> None:
 
 
 def test_fewer_sinks_after_going_back_to_what_is_all_there() -> None:
-    """The first 64 tokens stay as long as their block has a sink."""
-    made = Listed(100, 4, 50, "f16")
+    """The first block of tokens stays as long as it has a sink."""
+    made = Listed(200, 4, 50, "f16")
     for i in range(20):
         made.append(50, i)
-    made.trim(64)
+    made.trim(BLOCK)
     made.ring.sinks = 0
     made.check()
-    other = KVRing(CONFIG, 100, 50, 0, "f16")
+    other = KVRing(CONFIG, 200, 50, 0, "f16")
     other.load(made.ring.save())
     made.ring = other
     made.trim(30)
@@ -305,7 +309,7 @@ def test_fewer_sinks_after_going_back_to_what_is_all_there() -> None:
     assert made.ring.length == 30
 
 
-@pytest.mark.parametrize(("capacity", "sinks"), [(65, 64), (66, 64), (129, 128), (193, 192)])
+@pytest.mark.parametrize(("capacity", "sinks"), [(BLOCK + 1, BLOCK), (BLOCK + 2, BLOCK), (2 * BLOCK + 1, 2 * BLOCK)])
 def test_fewer_sinks_never_show_what_was_overwritten(capacity: int, sinks: int) -> None:
     """Where almost all are sinks, going back to a full ring needs nothing of the window; other sinks would."""
     ring = KVRing(CONFIG, capacity, 1, sinks, "f16")
@@ -327,7 +331,7 @@ def test_bad_arguments_are_refused() -> None:
         with pytest.raises(CacheError):
             KVRing(CONFIG, **{"capacity": 8, "sinks": 2, "chunk": 4, **wrong})
     ring = a_full_one()
-    for n in (-1, 201):
+    for n in (-1, FULL + 1):
         with pytest.raises(CacheError, match="cannot keep"):
             ring.trim(n)
 

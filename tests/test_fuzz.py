@@ -29,6 +29,7 @@ from formats.sources.source import open_source
 from runtime import Llama
 from runtime.errors import CacheError, ConfigError, LogitsError
 from runtime.messages.chat_pieces import ChatFormatError
+from runtime.ring.state import MAGIC
 from runtime.tokenizer import TokenizerError
 from tests import tiny
 from tests.checkpoints import LLAMA3, write_gguf, write_hf
@@ -320,7 +321,7 @@ def state_case(folder: Path) -> Case:
 def mutated_state(data: bytes, m: Mutator) -> bytes:
     """Change header, ids, geometry, arrays or length of a saved state; its checksums are right but for the last."""
     length = struct.unpack_from("<I", data, 12)[0]
-    ring_at = data.index(b"TRITKV4\n")
+    ring_at = data.index(MAGIC)
     arrays_at = data.index(b"\n", ring_at + 8) + 1
     header, ids = data[16 : 16 + length], data[16 + length : ring_at - 4]
     geometry, arrays = data[ring_at + 8 : arrays_at - 1], data[arrays_at:-4]
@@ -337,6 +338,6 @@ def mutated_state(data: bytes, m: Mutator) -> bytes:
     elif kind == "text":
         geometry = m.text(geometry).replace(b"\n", b" ")
     head = data[:12] + struct.pack("<I", len(header)) + header + ids
-    ring = b"TRITKV4\n" + geometry + b"\n" + arrays
+    ring = MAGIC + geometry + b"\n" + arrays
     made = b"".join(part + struct.pack("<I", zlib.crc32(part)) for part in (head, ring))
     return m.cut(made) if kind == "file" else made

@@ -64,7 +64,7 @@ def _describe(plane: Plane, decoder: Decoder | None, ring: KVRing, is_keys: bool
     words[w.SD_PADDED], words[w.SD_GROUP] = plane.padded, plane.group
     words[w.SD_CODE_BYTES], words[w.SD_SCALE_BYTES] = plane.code_bytes, plane.scale_bytes
     words[w.SD_VALUES] = not is_keys
-    words[w.SD_BYTES] = weight_bits(plane, decoder) // 7
+    words[w.SD_BYTES] = -(-weight_bits(plane, decoder) // 8)
     words[w.SD_DATA], words[w.SD_HEAD_STRIDE : w.SD_BLOCK_STRIDE + 1] = address(plane.memory), plane.data.strides[:2]
     words[w.SD_SEEN] = words[w.SD_FEATURES] = plane.padded
     words[w.SD_ROTATED] = plane.rotated

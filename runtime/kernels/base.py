@@ -37,8 +37,11 @@ def stays_codes(plane: Plane, decoder: Decoder | None, is_keys: bool) -> bool:
 
 def weight_bits(plane: Plane, decoder: Decoder | None) -> int:
     """Bits that attention's weights keep when they are multiplied with values that stay codes: q8 codes are fine enough
-    for 14 to matter; beside the errors of 4-bit codes, or of a projection, those of 7 are small."""
-    return 14 if plane.codec == "q8" and decoder is None else 7
+    for 14 to matter; beside the errors of 4-bit codes, or of a projection, those of one byte are small. Instructions
+    multiply bytes of 8 bits with small numbers only, as q4 codes are."""
+    if plane.codec == "q4":
+        return 8
+    return 14 if decoder is None else 7
 
 
 class Linear(Protocol):

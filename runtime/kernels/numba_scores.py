@@ -84,14 +84,15 @@ def _add_base(before, base, step):
 
 
 @njit(**BARE)
-def _exact_scores(side, codes, scales, ahead, n, quants, steps, scores):
-    """scores[r, j] = rounded row r times token j of a block, for all tokens; those of tokens that are not there may be
-    no numbers. n: rows, in fours"""
+def _exact_scores(side, codes, scales, ahead, n, quants, steps, start, stop, scores):
+    """scores[r, j] = rounded row r times token j of a block, for tokens start .. stop - 1, which are whole tiles; those
+    of tokens that are not there may be no numbers. n: rows, in fours"""
     seen, size, codec = word(side, w.SD_SEEN), word(side, w.SD_GROUP), word(side, w.SD_CODEC)
     groups, per_group = seen // size, 2 if codec == Q4 else 1
     stride, step_bytes = groups * STEP_BYTES, word(side, w.SD_CODE_BYTES) * TILE // groups  # of a group of a tile
     zero = splat_f32(np.float32(0.0))
-    for j in range(0, CACHED * 4, TILE * 4):
+    codes, scales = codes + start * word(side, w.SD_CODE_BYTES), scales + start * 2
+    for j in range(start * 4, stop * 4, TILE * 4):
         for r in range(0, n, 4):
             a, b, c, d = zero, zero, zero, zero
             for g in range(groups):
@@ -126,7 +127,8 @@ def score(job, area, queries, near, all_rows, at, n, kv_head, kv_heads, sight):
         codes, scales, ahead = find(job, keys, kv_head, kv_heads, block)
         ask_for_scales(keys, scales + ahead)
         quants, steps = rounded(job, queries, (all_rows if near else 0) + at)
-        _exact_scores(keys, codes, scales, ahead, n, quants, steps, scores)
+        start, stop = (low - block) // TILE * TILE, (high - block + TILE - 1) // TILE * TILE
+        _exact_scores(keys, codes, scales, ahead, n, quants, steps, start, stop, scores)
         return
     rows = queries + word(job, w.AT_NEAR if near else w.AT_QUERY) + at * width * 4
     start = (low - block) // 4 * 4

@@ -1,8 +1,8 @@
 """Sums of values: a block's vectors, weighted, are added to what a unit's rows have summed so far.
 
 Values that stay codes are summed in integers: weights times scales are rounded to 14 bits of the largest that a row
-has in a group, and split in two bytes; or to 7 bits (base.weight_bits). Codes of four tokens lie together, a column to
-a lane.
+has in a group, and split in two bytes; or to one byte, of 8 bits or 7 (base.weight_bits). Codes of four tokens lie
+together, a column to a lane.
 """
 
 from __future__ import annotations
@@ -19,11 +19,25 @@ from .numba_math import word
 from .numba_queries import rows_of
 from .numba_ring import bytes_of_32
 from .numba_tiles import add_scaled, weigh, weigh_f16
-from .numba_weights import sees_all, sight_of, state_of
-from .simd import dot4, fma, load_f32, load_u8, read_f32, splat_f32, splat_i32, splat_quad, store_f32, to_f32, write_f32
+from .numba_weights import sees_all, sight_of, state_of, tiles_of
+from .simd import (
+    dot4,
+    dot4_u8,
+    fma,
+    load_f32,
+    load_u8,
+    read_f32,
+    splat_f32,
+    splat_i32,
+    splat_quad,
+    store_f32,
+    to_f32,
+    write_f32,
+)
 from .simd_tiles import keep_lanes
 from .words import CACHED
 
+HALF = CACHED // 2  # tokens whose scales are held in registers at once
 PLANES = 2 * CACHED  # bytes of a row's weights: high ones, then low ones; or one for each
 _ZERO = np.float32(0.0)
 
@@ -32,38 +46,47 @@ _ZERO = np.float32(0.0)
 
 
 @njit(forceinline=True)
-def _per_token(scales, number, whole, start, stop):
-    """What a block's tokens have as number `number`: four vectors, zero but for tokens start .. stop - 1."""
-    at = scales + number * CACHED * 2
+def _per_token(scales, number, half, whole, start, stop):
+    """What the tokens of half a block have as number `number`: four vectors, zero but for tokens start .. stop - 1."""
+    at = scales + (number * CACHED + half * HALF) * 2
     a, b = simd.load_f16_as_f32(at, 0), simd.load_f16_as_f32(at, 32)
     c, d = simd.load_f16_as_f32(at, 64), simd.load_f16_as_f32(at, 96)
-    return (a, b, c, d) if whole else _kept((a, b, c, d), start, stop)
+    return (a, b, c, d) if whole else _kept((a, b, c, d), half, start, stop)
 
 
 @njit(forceinline=True)
-def _kept(x, start, stop):
-    """What tokens start .. stop - 1 have, and zeros."""
+def _kept(x, half, start, stop):
+    """What tokens start .. stop - 1 of a block have, and zeros."""
+    start, stop = start - half * HALF, stop - half * HALF
     a, b = keep_lanes(x[0], start, stop, _ZERO), keep_lanes(x[1], start - 16, stop - 16, _ZERO)
     return a, b, keep_lanes(x[2], start - 32, stop - 32, _ZERO), keep_lanes(x[3], start - 48, stop - 48, _ZERO)
 
 
 @njit(forceinline=True)
-def _bases(scales, bases):
-    """What is added to products with q4 codes: these are taken less 8."""
+def _bases(own, scales, g, half, whole, start, stop):
+    """What is added to products with q4 codes of a group: these are taken less 8. own: its scales"""
+    bases = _per_token(scales, 2 * g + 1, half, whole, start, stop)
     eight = splat_f32(np.float32(8.0))
-    a, b = fma(scales[0], eight, bases[0]), fma(scales[1], eight, bases[1])
-    return a, b, fma(scales[2], eight, bases[2]), fma(scales[3], eight, bases[3])
+    a, b = fma(own[0], eight, bases[0]), fma(own[1], eight, bases[1])
+    return a, b, fma(own[2], eight, bases[2]), fma(own[3], eight, bases[3])
 
 
 @njit(forceinline=True)
-def _find_lift(side, scales):
-    """For the largest scale to become the largest number that weights are rounded to: what scales are multiplied with
-    before weights times scales are rounded, and what a unit of a rounded one is worth."""
+def _top(top, scales):
+    """The larger of each lane's numbers."""
     larger = simd.larger_magnitude
+    return larger(larger(larger(larger(top, scales[0]), scales[1]), scales[2]), scales[3])
+
+
+@njit(forceinline=True)
+def _find_lift(side, low, high):
+    """For the largest scale to become the largest number that weights are rounded to: what scales are multiplied with
+    before weights times scales are rounded, and what a unit of a rounded one is worth. low, high: of both halves"""
     # From zero on: bits are compared, and those of a NaN with a sign are less than all others.
-    top = larger(larger(scales[0], splat_f32(_ZERO)), scales[1])
-    largest = simd.largest_magnitude(larger(larger(top, scales[2]), scales[3]))
-    most = np.float32(16383.0) if word(side, w.SD_BYTES) == 2 else np.float32(127.0)
+    largest = simd.largest_magnitude(_top(_top(splat_f32(_ZERO), low), high))
+    most = np.float32(255.0) if word(side, w.SD_CODEC) == Q4 else np.float32(127.0)
+    if word(side, w.SD_BYTES) == 2:
+        most = np.float32(16383.0)
     return most / largest if largest > _ZERO else _ZERO, largest / most
 
 
@@ -81,7 +104,7 @@ def _round(weights, scales, two, planes, at):
 
 @njit(forceinline=True)
 def _round_rows(weights, n, scales, factor, two, planes):
-    """Round n rows' weights times scales times a factor."""
+    """Round n rows' weights of half a block times scales times a factor."""
     lift = splat_f32(factor)
     a, b, c, d = scales[0] * lift, scales[1] * lift, scales[2] * lift, scales[3] * lift
     for r in range(n):
@@ -93,13 +116,18 @@ def _round_rows(weights, n, scales, factor, two, planes):
 
 
 @njit(forceinline=True)
-def _add_bases(weights, n, bases, keep, share, sums):
-    """sums = sums * keep + share * the products of n rows' weights with bases, in sixteen lanes."""
+def _products(total, x, bases):
+    """Add the products of half a block's weights with bases, in sixteen lanes."""
+    total = fma(load_f32(x, 64), bases[1], fma(load_f32(x, 0), bases[0], total))
+    return fma(load_f32(x, 192), bases[3], fma(load_f32(x, 128), bases[2], total))
+
+
+@njit(forceinline=True)
+def _add_bases(weights, n, low, high, keep, share, sums):
+    """sums = sums * keep + share * the products of n rows' weights with both halves' bases, in sixteen lanes."""
     for r in range(n):
         x = weights + r * CACHED * 4
-        total = fma(load_f32(x, 0), bases[0], splat_f32(_ZERO))
-        total = fma(load_f32(x, 128), bases[2], fma(load_f32(x, 64), bases[1], total))
-        total = fma(load_f32(x, 192), bases[3], total)
+        total = _products(_products(splat_f32(_ZERO), x, low), x + HALF * 4, high)
         past = load_f32(sums, r * 64) * splat_f32(read_f32(keep, r * 4))
         store_f32(sums, r * 64, fma(total, splat_f32(read_f32(share, r * 4)), past))
 
@@ -114,18 +142,21 @@ def _round_group(job, area, scales, g, lift, at, n, all_rows, planes, worth, sig
     keep, share = state_of(job, area, all_rows, 2) + at * 4, state_of(job, area, all_rows, 3) + at * 4
     two, is_q4, whole = word(side, w.SD_BYTES) == 2, word(side, w.SD_CODEC) == Q4, sees_all(job, sight)
     per_group, start, stop = 2 if is_q4 else 1, sight[4] - sight[3], sight[5] - sight[3]
-    own = _per_token(scales, per_group * g, whole, start, stop)
+    low = _per_token(scales, per_group * g, 0, whole, start, stop)
+    high = _per_token(scales, per_group * g, 1, whole, start, stop)
     some, (factor, unit) = n if whole else 1, lift
     for r in range(0, n, some):
         if not whole:  # what others see must not matter
             first, end = sight_of(job, at + r, rows, sight)
-            factor, unit = _find_lift(side, _kept(own, first, end))
+            factor, unit = _find_lift(side, _kept(low, 0, first, end), _kept(high, 1, first, end))
         for k in range(r, r + some):
             write_f32(worth, k * 4, unit * read_f32(share, k * 4))
-        _round_rows(weights + r * CACHED * 4, some, own, factor, two, planes + r * PLANES)
+        x, to = weights + r * CACHED * 4, planes + r * PLANES
+        _round_rows(x, some, low, factor, two, to)
+        _round_rows(x + HALF * 4, some, high, factor, two, to + HALF)
     if is_q4:
-        bases = _bases(own, _per_token(scales, 2 * g + 1, whole, start, stop))
-        _add_bases(weights, n, bases, keep, share, area + word(job, w.AT_BASES) + (g * all_rows + at) * 64)
+        low, high = _bases(low, scales, g, 0, whole, start, stop), _bases(high, scales, g, 1, whole, start, stop)
+        _add_bases(weights, n, low, high, keep, share, area + word(job, w.AT_BASES) + (g * all_rows + at) * 64)
 
 
 # ==== Products ====
@@ -139,9 +170,11 @@ def _columns(codes, is_q4):
 
 
 @njit(forceinline=True)
-def _four_dots(sums, weights, two, a, b):
+def _four_dots(sums, weights, is_q4, two, a, b):
     """Four tokens' products with two vectors of columns: (high bytes' a, b, low bytes' a, b)"""
     high = splat_quad(weights, 0)
+    if is_q4:
+        return dot4_u8(sums[0], high, a), dot4_u8(sums[1], high, b), sums[2], sums[3]
     if not two:
         return dot4(sums[0], high, a), dot4(sums[1], high, b), sums[2], sums[3]
     low = splat_quad(weights, CACHED)
@@ -149,15 +182,17 @@ def _four_dots(sums, weights, two, a, b):
 
 
 @njit(forceinline=True)
-def _multiply(codec, two, codes, planes, keep, factors, out, out_stride):
-    """Add 32 columns' sums to four rows of the result."""
+def _multiply(codec, two, codes, planes, start, stop, keep, factors, out, out_stride):
+    """Add 32 columns' sums over tokens start .. stop - 1 to four rows of the result."""
     zero = splat_i32(np.int32(0))
     s0 = s1 = s2 = s3 = (zero, zero, zero, zero)
-    for j in range(0, CACHED, 4):
-        a, b = _columns(codes + j * bytes_of_32(codec), codec == Q4)
-        s0, s1 = _four_dots(s0, planes + j, two, a, b), _four_dots(s1, planes + PLANES + j, two, a, b)
-        s2 = _four_dots(s2, planes + 2 * PLANES + j, two, a, b)
-        s3 = _four_dots(s3, planes + 3 * PLANES + j, two, a, b)
+    for j in range(start, stop, 4):
+        is_q4 = codec == Q4
+        a, b = _columns(codes + j * bytes_of_32(codec), is_q4)
+        x = planes + j
+        s0, s1 = _four_dots(s0, x, is_q4, two, a, b), _four_dots(s1, x + PLANES, is_q4, two, a, b)
+        s2 = _four_dots(s2, x + 2 * PLANES, is_q4, two, a, b)
+        s3 = _four_dots(s3, x + 3 * PLANES, is_q4, two, a, b)
     _add_pair(out, keep, factors, two, s0)
     _add_pair(out + out_stride, keep + 4, factors + 4, two, s1)
     _add_pair(out + 2 * out_stride, keep + 8, factors + 8, two, s2)
@@ -171,15 +206,15 @@ def _add_pair(out, keep, factor, two, s):
 
 
 @njit(**BARE)
-def _multiply_four(side, codes, planes, keep, factors, out):
-    """Add 32 columns' sums to four rows of the result."""
+def _multiply_four(side, codes, planes, start, stop, keep, factors, out):
+    """Add 32 columns' sums over tokens start .. stop - 1 to four rows of the result."""
     width = word(side, w.SD_SEEN) * 4
     if word(side, w.SD_CODEC) == Q4:
-        _multiply(Q4, False, codes, planes, keep, factors, out, width)
+        _multiply(Q4, False, codes, planes, start, stop, keep, factors, out, width)
     elif word(side, w.SD_BYTES) == 2:
-        _multiply(Q8, True, codes, planes, keep, factors, out, width)
+        _multiply(Q8, True, codes, planes, start, stop, keep, factors, out, width)
     else:
-        _multiply(Q8, False, codes, planes, keep, factors, out, width)
+        _multiply(Q8, False, codes, planes, start, stop, keep, factors, out, width)
 
 
 @njit(**BARE)
@@ -193,11 +228,13 @@ def _add_codes(job, area, result, codes, scales, ahead, first, n, all_rows, sigh
     planes, worth = area + word(job, w.AT_PLANES), area + word(job, w.AT_WORTH)
     lifts = area + word(job, w.AT_LIFTS)
     keep, groups, together = state_of(job, area, all_rows, 2) + first * 4, width // size, max(1, w.ROUNDED // n)
+    start, stop = tiles_of(sight)
     ask_for_scales(side, scales + ahead)
     for begin in range(0, groups, together):
         end = min(begin + together, groups)
         for g in range(begin, end):
-            factor, unit = _find_lift(side, _per_token(scales, per_group * g, True, 0, CACHED))
+            low = _per_token(scales, per_group * g, 0, True, 0, CACHED)
+            factor, unit = _find_lift(side, low, _per_token(scales, per_group * g, 1, True, 0, CACHED))
             write_f32(lifts, (g - begin) * 8, factor)
             write_f32(lifts, (g - begin) * 8 + 4, unit)
         for g in range(begin, end):
@@ -209,7 +246,8 @@ def _add_codes(job, area, result, codes, scales, ahead, first, n, all_rows, sigh
             ask_for(codes + column + ahead, 32 * row // width * CACHED)
             for r in range(0, n, 4):
                 rounded, out = planes + (at + r) * PLANES, result + ((first + r) * width + d) * 4
-                _multiply_four(side, codes + column, rounded, keep + r * 4, worth + (at + r) * 4, out)
+                unit = worth + (at + r) * 4
+                _multiply_four(side, codes + column, rounded, start, stop, keep + r * 4, unit, out)
 
 
 @njit(**BARE)

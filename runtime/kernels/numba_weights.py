@@ -17,7 +17,7 @@ from .numba_queries import rows_of
 from .numba_ring import clock
 from .simd import fma, load_f32, read_f32, splat_f32, store_f32, write_f32
 from .simd_tiles import keep_lanes
-from .words import CACHED
+from .words import CACHED, TILE
 
 NOTHING = np.float32(-3.0e38)  # the score of what is not seen; finite, so that differences are numbers
 
@@ -67,6 +67,13 @@ def sees_all(job, sight):
     return whole and (sinks or low >= oldest_of(job, position + tokens - 1))
 
 
+@njit(forceinline=True)
+def tiles_of(sight):
+    """The tokens of a block's tiles in which those lie that are wanted: the first, and where they end."""
+    _, _, _, block, low, high = sight
+    return (low - block) // TILE * TILE, (high - block + TILE - 1) // TILE * TILE
+
+
 @njit(**BARE)
 def weigh_up(job, area, shifts, all_rows, sight):
     """Turn scores of a block into weights, and note what all rows' sums are to be multiplied with.
@@ -77,11 +84,12 @@ def weigh_up(job, area, shifts, all_rows, sight):
     keeps, shares = state_of(job, area, all_rows, 2), state_of(job, area, all_rows, 3)
     sums = state_of(job, area, all_rows, 4)
     whole, start, stop = sees_all(job, sight), 0, CACHED
+    first, end = tiles_of(sight)
     for r in range(all_rows):
         if not whole:
             start, stop = sight_of(job, r, rows, sight)
         top = splat_f32(NOTHING)
-        for i in range(0, CACHED, 16):
+        for i in range(first, end, 16):
             s = load_f32(scores, (r * CACHED + i) * 4)
             if not whole:
                 s = keep_lanes(s, start - i, stop - i, NOTHING)
@@ -97,12 +105,17 @@ def weigh_up(job, area, shifts, all_rows, sight):
         if not whole:
             start, stop = sight_of(job, r, rows, sight)
         top, total = splat_f32(read_f32(largest, r * 4)), splat_f32(np.float32(0.0))
-        for i in range(0, CACHED, 16):
+        for i in range(first, end, 16):
             at = (r * CACHED + i) * 4
             s = exp2(load_f32(scores, at) - top)
             if not whole:
                 s = keep_lanes(s, start - i, stop - i, np.float32(0.0))
             store_f32(scores, at, s)
             total = total + s
+        # The rest is what was there before: values round and add up the weights of whole blocks.
+        for i in range(0, first, 16):
+            store_f32(scores, (r * CACHED + i) * 4, splat_f32(np.float32(0.0)))
+        for i in range(end, CACHED, 16):
+            store_f32(scores, (r * CACHED + i) * 4, splat_f32(np.float32(0.0)))
         past = load_f32(sums, r * 64) * splat_f32(read_f32(keeps, r * 4))
         store_f32(sums, r * 64, fma(total, splat_f32(read_f32(shares, r * 4)), past))

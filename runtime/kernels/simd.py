@@ -13,6 +13,7 @@ from numba.extending import intrinsic
 
 from .simd_cpu import dot4 as dot4
 from .simd_cpu import dot4_i8 as dot4_i8
+from .simd_cpu import dot4_u8 as dot4_u8
 from .simd_cpu import factor_i8 as factor_i8
 from .simd_cpu import i8_offset as i8_offset
 from .simd_cpu import load_f16_as_f32 as load_f16_as_f32

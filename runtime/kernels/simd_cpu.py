@@ -91,6 +91,16 @@ def dot4(b: ir.IRBuilder, acc: ir.Value, q: ir.Value, x: ir.Value) -> ir.Value:
 
 
 @operation(i32x16, i32x16, u8x64, u8x64)
+def dot4_u8(b: ir.IRBuilder, acc: ir.Value, q: ir.Value, x: ir.Value) -> ir.Value:
+    """acc + the sum of four products in each lane: q unsigned, x signed and at most 64 in magnitude. Exact on every
+    machine: 2 * 255 * 64 fits in 16 bits; NEON multiplies signed bytes, q - 128, and 128 times x is added."""
+    if "dotprod" not in cpu_features():
+        return _dot(b, acc, q, x, signed=False)
+    sums = _dot(b, const(I32X16, 0), const(U8X64, 1), x, signed=False)
+    return _dot(b, b.add(acc, b.shl(sums, const(I32X16, 7))), b.xor(q, const(U8X64, 128)), x, signed=False)
+
+
+@operation(i32x16, i32x16, u8x64, u8x64)
 def dot4_i8(b: ir.IRBuilder, acc: ir.Value, q: ir.Value, x: ir.Value) -> ir.Value:
     """acc + the sum of four products in each lane: q signed, but as `factor_i8` gives it, x signed and above -128.
 

@@ -37,7 +37,7 @@ from ..errors import CacheError
 from .rounding import LARGEST, hadamard, mirror, mirrored, quantize_q4, quantize_q8
 
 CODECS = ("f32", "f16", "q8", "q4")
-BLOCK = 64  # slots that attention reads at a time; planes have a whole number of such blocks
+BLOCK = 128  # slots that attention reads at a time; planes have a whole number of such blocks
 
 
 def base_of(sinks: int) -> int:
