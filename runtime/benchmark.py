@@ -99,6 +99,32 @@ class Ours:
         self._cache.trim(self._depth)
 
 
+class Memory:
+    """What memory delivers, as a subject: for every token a piece of it is read, by `n_threads` threads."""
+
+    def __init__(self, n_threads: int) -> None:
+        share = READ_BYTES // n_threads // 64 * 64
+        self._blocks = [np.ones(share // 8, dtype=np.int64) for _ in range(n_threads)]
+        self.nbytes = share * n_threads
+
+    def read(self, ids: Sequence[int]) -> None:
+        for _ in ids:
+            _time_reading(self._blocks)
+
+    def rewind(self) -> None:
+        pass
+
+
+def depth_cost(deep: Sequence[float], shallow: Sequence[float], bandwidth: Sequence[float], nbytes: float) -> float:
+    """Tell what a context adds to a token's time, over the time that reading it takes: the median of rounds.
+
+    deep, shallow: tokens per second with the context and without; bandwidth: bytes per second
+    nbytes: what is cached of the context
+    """
+    rounds = zip(deep, shallow, bandwidth, strict=True)
+    return statistics.median((1 / slow - 1 / fast) * speed / nbytes for slow, fast, speed in rounds)
+
+
 def fill(cache: KVRing, depth: int) -> None:
     """Put `depth` tokens of noise into an empty ring that has room for them."""
     rng, freqs = np.random.default_rng(0), frequencies(cache.config)

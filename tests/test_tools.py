@@ -242,6 +242,7 @@ def test_bench_json(folder: Path) -> None:
     first = found[0]
     assert first["backend"] == "numpy" and first["threads"] == 1 and first["model"] == "trit2.trit"
     assert first["pp"]["tok_s"] > 0 and first["tg"]["tok_s"] > 0 and first["tg"]["std"] >= 0
+    assert isinstance(first["tg"]["depth_cost"], float) and "depth_cost" not in first["pp"]
     assert first["read_gb_s"] > 0.1 and first["cpu"] and first["fingerprint"] and first["versions"]["numpy"]
     tensors = json.loads(good("tools.inspect", path, "--json"))
     weights = tensors["memory"]["weights"]  # embeddings are tied, so every one is read
@@ -294,6 +295,15 @@ def test_bench_takes_turns() -> None:
     log.clear()
     benchmark.compare([Subject("a")], [1, 2], generate=False, repeats=1)
     assert "".join(log) == "a2-a2-"
+
+
+def test_bench_tells_what_depth_costs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rounds: 100 ms more at 100 and at 200 bytes a second, and 900 ms more, for 10 bytes."""
+    assert benchmark.depth_cost([5, 5, 1], [10, 10, 10], [100, 200, 100], 10) == pytest.approx(2.0)
+    args = ("-p", "0", "-n", "2", "-r", "1", "-t", "1", "--backend", "numpy")
+    for depth, lines in (("20", 1), ("0", 0)):
+        code, out, _ = in_process(capsys, "bench", folder / "f16.trit", *args, "-d", depth)
+        assert code == 0 and out.count("f16.trit: 20 tokens in the context cost ") == lines
 
 
 def test_warmup_has_every_kernel_ready(capsys: pytest.CaptureFixture[str]) -> None:

@@ -100,20 +100,34 @@ def measure(model: Model, peer: str | None, threads: int, args: argparse.Namespa
 def timed(
     model: Model, peer: str | None, threads: int, repeats: int, what: str, n: int, depth: int
 ) -> list[dict[str, Any] | None]:
-    """Run one test. returns: the objects under "pp" or "tg" for the model and for what it is compared with"""
-    ours = benchmark.Ours(model, n, depth)
+    """Run one test. returns: the objects under "pp" or "tg" for the model and for what it is compared with
+
+    Beside generation deep in a context stand generation without one and reading of memory: each swings by more than the
+    context costs, so that only differences between neighbours tell it."""
+    subjects: list[benchmark.Subject] = [benchmark.Ours(model, n, depth)]
+    if deep := what == "tg" and depth > 0:
+        memory = benchmark.Memory(threads)
+        subjects += [benchmark.Ours(model, n, 0), memory]
     ids = benchmark.synthetic_ids(model, n)
-    if peer is None:
-        (speeds,) = benchmark.compare([ours], ids, what == "tg", repeats)
-        return [as_json(speeds, n, depth), None]
-    other = LlamaCpp(peer, threads, depth + n, benchmark.synthetic_ids(model, depth), model.new_cache(2).codec)
+    other = None
+    if peer is not None:
+        other = LlamaCpp(peer, threads, depth + n, benchmark.synthetic_ids(model, depth), model.new_cache(2).codec)
+        subjects.append(other)
     try:
-        speeds, theirs = benchmark.compare([ours, other], ids, what == "tg", repeats)
+        speeds = benchmark.compare(subjects, ids, what == "tg", repeats)
     finally:
-        other.close()
-    ratio = statistics.median(a / b for a, b in zip(speeds, theirs, strict=True))
-    found = as_json(theirs, n, depth) | {"bits_per_weight": other.bits_per_weight, "ratio": ratio}
-    return [as_json(speeds, n, depth), found]
+        if other is not None:
+            other.close()
+    found = as_json(speeds[0], n, depth)
+    if deep:
+        cached = kv_bytes_per_token(model.config, model.new_cache(2).codec, model.modules) * depth
+        bandwidth = [memory.nbytes * x for x in speeds[2]]
+        found["depth_cost"] = benchmark.depth_cost(speeds[0], speeds[1], bandwidth, cached)
+    if other is None:
+        return [found, None]
+    ratio = statistics.median(a / b for a, b in zip(speeds[0], speeds[-1], strict=True))
+    theirs = as_json(speeds[-1], n, depth) | {"bits_per_weight": other.bits_per_weight, "ratio": ratio}
+    return [found, theirs]
 
 
 def as_json(speeds: Sequence[float], n: int, depth: int) -> dict[str, Any]:
@@ -175,6 +189,10 @@ def show(results: list[dict[str, Any]]) -> None:
                 line += f" {result['against']['model']} | {rate(theirs)} | {theirs['ratio']:.2f} |"
             lines[line] = None
     print("\n".join(lines))
+    for result in results:
+        if result["tg"] and "depth_cost" in result["tg"]:
+            cost, depth = result["tg"]["depth_cost"], result["tg"]["depth"]
+            print(f"\n{result['model']}: {depth} tokens in the context cost {cost:.2f} times what reading them takes")
 
 
 def _cells(test: dict[str, Any]) -> str:
