@@ -15,7 +15,7 @@ from .numba_ring import codes_at, expand, rotate, scales_at, slot_of
 from .numba_tiles import dots
 from .simd import load_f32, store_f32
 from .simd_tiles import prefetch_far
-from .words import CACHED
+from .words import CACHED, TILE
 
 PIECES_AHEAD = 2  # pieces, of a block and a head, from one that is read to one that is asked for
 
@@ -46,6 +46,13 @@ def ask_for(address, count):
 def ask_for_scales(side, scales):
     """Ask for the scales of a piece that will be read soon."""
     ask_for(scales, word(side, w.SD_SCALE_BYTES) * CACHED)
+
+
+@njit(forceinline=True)
+def tiles_of(sight):
+    """The tokens of a block's tiles in which those lie that are wanted: the first, and where they end."""
+    _, _, _, block, low, high = sight
+    return (low - block) // TILE * TILE, (high - block + TILE - 1) // TILE * TILE
 
 
 # ==== Decoded ====

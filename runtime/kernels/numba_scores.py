@@ -12,7 +12,7 @@ from numba import njit
 from . import simd
 from . import words as w
 from .compiling import BARE
-from .numba_blocks import ask_for, ask_for_scales, decoded, find, is_direct
+from .numba_blocks import ask_for, ask_for_scales, decoded, find, is_direct, tiles_of
 from .numba_codes import Q4
 from .numba_math import word
 from .numba_queries import STEP_BYTES, rounded
@@ -127,7 +127,7 @@ def score(job, area, queries, near, all_rows, at, n, kv_head, kv_heads, sight):
         codes, scales, ahead = find(job, keys, kv_head, kv_heads, block)
         ask_for_scales(keys, scales + ahead)
         quants, steps = rounded(job, queries, (all_rows if near else 0) + at)
-        start, stop = (low - block) // TILE * TILE, (high - block + TILE - 1) // TILE * TILE
+        start, stop = tiles_of(sight)
         _exact_scores(keys, codes, scales, ahead, n, quants, steps, start, stop, scores)
         return
     rows = queries + word(job, w.AT_NEAR if near else w.AT_QUERY) + at * width * 4

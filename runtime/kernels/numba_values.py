@@ -13,13 +13,13 @@ from numba import njit
 from . import simd
 from . import words as w
 from .compiling import BARE
-from .numba_blocks import ask_for, ask_for_scales, decoded, find, is_direct
+from .numba_blocks import ask_for, ask_for_scales, decoded, find, is_direct, tiles_of
 from .numba_codes import Q4, Q8
 from .numba_math import word
 from .numba_queries import rows_of
 from .numba_ring import bytes_of_32
 from .numba_tiles import add_scaled, weigh, weigh_f16
-from .numba_weights import sees_all, sight_of, state_of, tiles_of
+from .numba_weights import sees_all, sight_of, state_of
 from .simd import (
     dot4,
     dot4_u8,
@@ -182,13 +182,17 @@ def _four_dots(sums, weights, is_q4, two, a, b):
 
 
 @njit(forceinline=True)
-def _multiply(codec, two, codes, planes, start, stop, keep, factors, out, out_stride):
-    """Add 32 columns' sums over tokens start .. stop - 1 to four rows of the result."""
+def _multiply(codec, two, codes, ahead, planes, start, stop, keep, factors, out, out_stride):
+    """Add 32 columns' sums over tokens start .. stop - 1 to four rows of the result.
+
+    ahead: from codes to those that are asked for meanwhile, or 0; many lines at once would be waited for"""
     zero = splat_i32(np.int32(0))
     s0 = s1 = s2 = s3 = (zero, zero, zero, zero)
     for j in range(start, stop, 4):
-        is_q4 = codec == Q4
-        a, b = _columns(codes + j * bytes_of_32(codec), is_q4)
+        is_q4, at = codec == Q4, codes + j * bytes_of_32(codec)
+        if ahead:
+            ask_for(at + ahead, 4 * bytes_of_32(codec))
+        a, b = _columns(at, is_q4)
         x = planes + j
         s0, s1 = _four_dots(s0, x, is_q4, two, a, b), _four_dots(s1, x + PLANES, is_q4, two, a, b)
         s2 = _four_dots(s2, x + 2 * PLANES, is_q4, two, a, b)
@@ -206,15 +210,15 @@ def _add_pair(out, keep, factor, two, s):
 
 
 @njit(**BARE)
-def _multiply_four(side, codes, planes, start, stop, keep, factors, out):
+def _multiply_four(side, codes, ahead, planes, start, stop, keep, factors, out):
     """Add 32 columns' sums over tokens start .. stop - 1 to four rows of the result."""
     width = word(side, w.SD_SEEN) * 4
     if word(side, w.SD_CODEC) == Q4:
-        _multiply(Q4, False, codes, planes, start, stop, keep, factors, out, width)
+        _multiply(Q4, False, codes, ahead, planes, start, stop, keep, factors, out, width)
     elif word(side, w.SD_BYTES) == 2:
-        _multiply(Q8, True, codes, planes, start, stop, keep, factors, out, width)
+        _multiply(Q8, True, codes, ahead, planes, start, stop, keep, factors, out, width)
     else:
-        _multiply(Q8, False, codes, planes, start, stop, keep, factors, out, width)
+        _multiply(Q8, False, codes, ahead, planes, start, stop, keep, factors, out, width)
 
 
 @njit(**BARE)
@@ -243,11 +247,10 @@ def _add_codes(job, area, result, codes, scales, ahead, first, n, all_rows, sigh
             _round_group(job, area, scales, g, lift, first, n, all_rows, to, unit, sight)
         for d in range(begin * size, end * size, 32):
             at, column = (d // size - begin) * n, d * row // width * CACHED
-            ask_for(codes + column + ahead, 32 * row // width * CACHED)
             for r in range(0, n, 4):
                 rounded, out = planes + (at + r) * PLANES, result + ((first + r) * width + d) * 4
-                unit = worth + (at + r) * 4
-                _multiply_four(side, codes + column, rounded, start, stop, keep + r * 4, unit, out)
+                factors, later = worth + (at + r) * 4, 0 if r else ahead
+                _multiply_four(side, codes + column, later, rounded, start, stop, keep + r * 4, factors, out)
 
 
 @njit(**BARE)

@@ -12,12 +12,13 @@ from numba import njit
 from . import simd
 from . import words as w
 from .compiling import BARE
+from .numba_blocks import tiles_of
 from .numba_math import exp2, word
 from .numba_queries import rows_of
 from .numba_ring import clock
 from .simd import fma, load_f32, read_f32, splat_f32, store_f32, write_f32
 from .simd_tiles import keep_lanes
-from .words import CACHED, TILE
+from .words import CACHED
 
 NOTHING = np.float32(-3.0e38)  # the score of what is not seen; finite, so that differences are numbers
 
@@ -65,13 +66,6 @@ def sees_all(job, sight):
     position = clock(job, w.LENGTH) + first
     whole = low == block and high == block + CACHED and high <= position + 1
     return whole and (sinks or low >= oldest_of(job, position + tokens - 1))
-
-
-@njit(forceinline=True)
-def tiles_of(sight):
-    """The tokens of a block's tiles in which those lie that are wanted: the first, and where they end."""
-    _, _, _, block, low, high = sight
-    return (low - block) // TILE * TILE, (high - block + TILE - 1) // TILE * TILE
 
 
 @njit(**BARE)
