@@ -23,7 +23,7 @@ Case = tuple[int, int, int, int]
 
 # Of the largest output: what float32 sums may differ from float64 ones, of vectors that both read from the ring.
 SUM_ERROR = 4e-6
-# The same where values stay codes, by the bits that weights have of the largest in a block: those of q8, those of q4
+# The same where values stay codes, by the bits that weights have of the largest in a block: those of q8, of q4
 # and of projections. And a query's number that lies between two integers may be rounded to either.
 CODES_ERROR = {14: 5e-4, 8: 4e-2, 7: 6e-2}
 PROJECTION_ERROR = 2e-2  # weights of 7 bits, but codes of eight

@@ -309,7 +309,10 @@ def test_fewer_sinks_after_going_back_to_what_is_all_there() -> None:
     assert made.ring.length == 30
 
 
-@pytest.mark.parametrize(("capacity", "sinks"), [(BLOCK + 1, BLOCK), (BLOCK + 2, BLOCK), (2 * BLOCK + 1, 2 * BLOCK)])
+@pytest.mark.parametrize(
+    ("capacity", "sinks"),
+    [(BLOCK + 1, BLOCK), (BLOCK + 2, BLOCK), (2 * BLOCK + 1, 2 * BLOCK), (3 * BLOCK + 1, 3 * BLOCK)],
+)
 def test_fewer_sinks_never_show_what_was_overwritten(capacity: int, sinks: int) -> None:
     """Where almost all are sinks, going back to a full ring needs nothing of the window; other sinks would."""
     ring = KVRing(CONFIG, capacity, 1, sinks, "f16")

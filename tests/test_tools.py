@@ -300,10 +300,10 @@ def test_bench_takes_turns() -> None:
 def test_bench_tells_what_depth_costs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Rounds: 100 ms more at 100 and at 200 bytes a second, and 900 ms more, for 10 bytes."""
     assert benchmark.depth_cost([5, 5, 1], [10, 10, 10], [100, 200, 100], 10) == pytest.approx(2.0)
-    args = ("-p", "0", "-n", "2", "-r", "1", "-t", "1", "--backend", "numpy")
+    args = ("-p", "2,3", "-n", "2", "-r", "1", "-t", "1", "--backend", "numpy")
     for depth, lines in (("20", 1), ("0", 0)):
         code, out, _ = in_process(capsys, "bench", folder / "f16.trit", *args, "-d", depth)
-        assert code == 0 and out.count("f16.trit: 20 tokens in the context cost ") == lines
+        assert code == 0 and out.count("f16.trit (-t 1 -n 2): 20 tokens in the context cost ") == lines
 
 
 def test_warmup_has_every_kernel_ready(capsys: pytest.CaptureFixture[str]) -> None:

@@ -189,10 +189,15 @@ def show(results: list[dict[str, Any]]) -> None:
                 line += f" {result['against']['model']} | {rate(theirs)} | {theirs['ratio']:.2f} |"
             lines[line] = None
     print("\n".join(lines))
+    costs: dict[str, None] = {}
     for result in results:
-        if result["tg"] and "depth_cost" in result["tg"]:
-            cost, depth = result["tg"]["depth_cost"], result["tg"]["depth"]
-            print(f"\n{result['model']}: {depth} tokens in the context cost {cost:.2f} times what reading them takes")
+        tg = result["tg"]
+        if tg and "depth_cost" in tg:
+            start = f"{result['model']} (-t {result['threads']} -n {tg['n']})"
+            cost = f"{tg['depth']} tokens in the context cost {tg['depth_cost']:.2f} times what reading them takes"
+            costs[f"{start}: {cost}"] = None
+    if costs:
+        print("\n" + "\n".join(costs))
 
 
 def _cells(test: dict[str, Any]) -> str:
