@@ -72,7 +72,7 @@ static void finish_heads(words job, float *area, float *total, int64_t rows, int
     for (int64_t r = 0; r < tokens * group; r++) {
         float share = 1.0f / sums[r];
         for (int64_t d = 0; d < width; d += LANES) v_store(total + r * width + d, v_load(total + r * width + d) * share);
-        hadamard(total + r * width, head_dim, values[SD_ROTATED]);
+        hadamard(total + r * width, values[SD_WIDTH], values[SD_TURNED]);
     }
     if (values[SD_SHARED]) {
         float *target = in(area, job[AT_FEATURES]);

@@ -102,6 +102,7 @@ static const float *decoded(words job, words side, float *area, int64_t kv_head,
         return target;
     }
     read_back(job, side, 0, first, count, x);
+    for (int64_t i = 0; i < count; i++) hadamard(x + i * side[SD_PADDED], side[SD_WIDTH], side[SD_ROTATED]);
     if (side[SD_HIDDEN]) {
         float *hidden = side[SD_COS] ? in(area, job[AT_FEATURES]) : target;
         int64_t padded = side[SD_PADDED];

@@ -128,8 +128,8 @@ static void hadamard(float *x, int64_t width, int64_t size) {
     for (int64_t i = 0; i < width; i++) x[i] *= scale;
 }
 
-// Balance, mirror and rotate one vector, in place, as its side's are stored; of what is not done to them, nothing.
-// which: KEY or QUERY
+// Balance, mirror and rotate one vector, in place, as its side's are stored, or as attention sees them; of what is not
+// done to them, nothing. which: KEY or QUERY
 INLINE void turn(words side, int64_t head, float *x, int64_t width, int which) {
     if (side[SD_MIRROR]) {
         const float *normal = at(side[SD_MIRROR], head * 3 * width * 4), *factors = normal + which * width;
@@ -139,7 +139,7 @@ INLINE void turn(words side, int64_t head, float *x, int64_t width, int which) {
         float along = sum16(total);
         for (int64_t i = 0; i < width; i += LANES) v_store(x + i, v_load(x + i) - v_load(normal + i) * along);
     }
-    hadamard(x, width, side[SD_ROTATED]);
+    hadamard(x, width, side[which == KEY ? SD_ROTATED : SD_TURNED]);
 }
 
 // Encode whole groups: `count` numbers.

@@ -38,12 +38,12 @@ static void pack_rows(words job, float *area, const float *source, float *target
         memset(row, 0, padded * 4);
         if (r >= tokens * group) continue;
         for (int64_t i = 0; i < head_dim; i++) row[i] = q[i] * scale;
-        turn(keys, kv_head, row, head_dim, QUERY);
         if (keys[SD_SHARED])
             for (int64_t i = 0; i < head_dim; i++) shift[r] += row[i] * bias[i];
     }
     if (keys[SD_SHARED])
         dots(packed, padded, rows, at(keys[SD_OUTPUT], kv_head * seen * padded * 4), padded, 0, seen, padded, target, seen);
+    for (int64_t r = 0; r < rows; r++) turn(keys, kv_head, target + r * seen, keys[SD_WIDTH], QUERY);
 }
 
 // Round n rows to int8, with one scale for each group of keys.

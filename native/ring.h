@@ -2,8 +2,7 @@
 #pragma once
 #include "codes.h"
 
-enum { LONGEST_HEAD = 512 };
-enum { CHUNK = 64 };  // numbers that are encoded at a time: a whole number of groups of every codec
+enum { CHUNK = 512 };  // numbers that are encoded at a time: whole groups, and whole blocks of the Hadamard rotation
 
 // How far the job's ring has come.
 INLINE int64_t clock_of(words job, int which) { return ((words)at(job[AT_CLOCK], 0))[which]; }
@@ -107,20 +106,16 @@ INLINE void put(words side, int64_t head, int64_t slot, int64_t first, const cha
     for (int64_t i = 0; i < n_scales; i++) to[i * CACHED] = scales[i];
 }
 
-// Encode one vector, its last group filled with zeros, and store it.
+// Turn and encode one vector, its last group filled with zeros, and store it. Only one of a chunk at most has a mirror.
 static void store(words side, int64_t head, int64_t slot, const float *source) {
-    _Alignas(64) float x[CHUNK], vector[LONGEST_HEAD];
+    _Alignas(64) float x[CHUNK];
     char codes[CHUNK * 4];
     uint16_t scales[CHUNK / 16];
     int64_t width = side[SD_WIDTH], padded = side[SD_PADDED];
-    if (side[SD_ROTATED] > 1) {
-        memcpy(vector, source, width * 4);
-        turn(side, head, vector, width, KEY);
-        source = vector;
-    }
     for (int64_t start = 0; start < padded; start += CHUNK) {
         int64_t count = min_of(CHUNK, padded - start), given = max_of(0, min_of(count, width - start));
         memcpy(x, source + start, given * 4);
+        turn(side, head, x, given, KEY);
         memset(x + given, 0, (count - given) * 4);
         encode(side, x, count, codes, scales);
         int64_t n_codes = side[SD_CODE_BYTES] * count / padded, n_scales = side[SD_SCALE_BYTES] / 2 * count / padded;

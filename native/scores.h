@@ -19,17 +19,17 @@ INLINE void four_dots(const vu codes[8], const int8_t *x, int64_t seen, vi exact
 
 // Scores of LANES tokens and four rows. size: numbers of a group; next: what to ask for, or null; tile: bytes of a group
 // of sixteen tokens
-INLINE void score_four(int codec, int size, int64_t groups, const uint8_t *codes, int64_t tile, const uint16_t *scales,
+INLINE void score_four(int codec, int64_t size, int64_t groups, const uint8_t *codes, int64_t tile, const uint16_t *scales,
                        const int8_t *quants, int64_t seen, const query_step *steps, const uint8_t *next, float *scores) {
     vf sums[4] = {{0}};
     for (int64_t g = 0; g < groups; g++, codes += tile, scales += CACHED, quants += size, steps++) {
         vi exact[2][4] = {{{0}}};
         vu v[8];
-        if (next) ask_for(next + g * tile, tile);
         UNROLL for (int r = 0; r < 4; r++) exact[0][r] = v_splat_i32(steps[r * groups].start);
-        UNROLL for (int half = 0; half < size / 32; half++) {
-            load_codes(codec, codes + half * 512, v);
-            four_dots(v, quants + half * 32, seen, exact);
+        for (int64_t i = 0; i < size; i += 32) {
+            if (next) ask_for(next + g * tile + i * TILE, bytes_of_32(codec) * TILE);
+            load_codes(codec, codes + i * TILE, v);
+            four_dots(v, quants + i, seen, exact);
         }
         vf scale = v_load_f16(scales);
         UNROLL for (int r = 0; r < 4; r++)
@@ -57,10 +57,8 @@ static void exact_scores(words side, const ring_piece *x, int64_t n, const int8_
             float *out = scores + r * CACHED + j;
             if (side[SD_CODEC] == RING_Q4)
                 score_four(RING_Q4, 32, groups, lines, tile, x->scales + j, row, seen, step, next, out);
-            else if (size == 64)
-                score_four(RING_Q8, 64, groups, lines, tile, x->scales + j, row, seen, step, next, out);
             else
-                score_four(RING_Q8, 32, groups, lines, tile, x->scales + j, row, seen, step, next, out);
+                score_four(RING_Q8, size, groups, lines, tile, x->scales + j, row, seen, step, next, out);
         }
     }
 }

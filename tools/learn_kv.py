@@ -225,9 +225,7 @@ def check(args: argparse.Namespace, model: Model) -> Task:
         layers = None if args.layers is None else kv_fit.parse_layers(args.layers, config.n_layers)
     except ValueError as exc:
         raise UserError(f"--layers {args.layers}: give a number, or layers as in 3,5,8-11 ({exc})") from exc
-    codec = side_codecs(model.new_cache(2).codec)[0 if args.side == "k" else 1]
-    group = Plane(args.side, code_codec(codec, width // 2), 1, width // 2, 1, learned=True).group
-    step = min(group, max(1, width // 8))  # codes are stored in whole groups
+    step = min(64, max(1, width // 8))  # the largest power of two in a rank is a group of q8 codes
     return Task(model, args.side, width, step, layers, args.rank, args.kv)
 
 
@@ -261,7 +259,7 @@ def command(argv: Sequence[str]) -> int:
         sizes = [kv_bytes_per_token(model.config, codec, some) for some in ([], modules)]
         of_side = side_codecs(codec)[0 if task.side == "k" else 1]
         for row in found["layers"]:
-            plane = Plane(task.side, code_codec(of_side, row["rank"]), 1, row["rank"], 1, learned=True)
+            plane = Plane(task.side, code_codec(of_side, row["rank"]), 1, row["rank"], 1)
             row["bytes"] = plane.code_bytes + plane.scale_bytes
         found |= {"width": task.width, "kv": codec, "bytes_per_token": sizes, "output": args.output}
     finally:

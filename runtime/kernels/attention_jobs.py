@@ -67,7 +67,7 @@ def _describe(plane: Plane, decoder: Decoder | None, ring: KVRing, is_keys: bool
     words[w.SD_BYTES] = -(-weight_bits(plane, decoder) // 8)
     words[w.SD_DATA], words[w.SD_HEAD_STRIDE : w.SD_BLOCK_STRIDE + 1] = address(plane.memory), plane.data.strides[:2]
     words[w.SD_SEEN] = words[w.SD_FEATURES] = plane.padded
-    words[w.SD_ROTATED] = plane.rotated
+    words[w.SD_ROTATED] = words[w.SD_TURNED] = plane.rotated
     words[w.SD_INT8] = int8 and stays_codes(plane, decoder, is_keys)
     words[w.SD_MIRROR] = 0 if plane.mirror is None else pin(plane.mirror)
     if decoder is None:
@@ -80,6 +80,8 @@ def _describe(plane: Plane, decoder: Decoder | None, ring: KVRing, is_keys: bool
         words[w.SD_HIDDEN_BIAS] = pin(_padded(decoder.hidden_bias, features))
         words[w.SD_ACTIVATION] = ("gelu", "gelu_tanh").index(str(decoder.activation))
     words[w.SD_FEATURES] = features
+    if decoder.hidden is not None or decoder.rotated:
+        words[w.SD_TURNED] = 1  # a block is turned back before it is decoded
     words[w.SD_SHARED], words[w.SD_SEEN] = not decoder.rotated, head_dim if decoder.rotated else features
     if is_keys and not decoder.rotated:
         output = _padded(decoder.output.transpose(0, 2, 1), heads, features, head_dim)

@@ -112,7 +112,7 @@ def _finish(job, area, total, rows, kv_head, first, tokens):
         share = splat_f32(np.float32(1.0) / read_f32(sums, r * 4))
         for d in range(0, width * 4, 64):
             store_f32(total, r * width * 4 + d, load_f32(total, r * width * 4 + d) * share)
-        hadamard(total + r * width * 4, head_dim, word(values, w.SD_ROTATED))
+        hadamard(total + r * width * 4, word(values, w.SD_WIDTH), word(values, w.SD_TURNED))
     decoded, bias = total, 0
     if word(values, w.SD_SHARED):
         matrix = word(values, w.SD_OUTPUT) + kv_head * padded * width * 4

@@ -9,7 +9,7 @@ from numba import njit
 
 from . import words as w
 from .compiling import BARE
-from .numba_codes import F16
+from .numba_codes import F16, hadamard
 from .numba_math import gelu, gelu_tanh, word
 from .numba_ring import codes_at, expand, rotate, scales_at, slot_of
 from .numba_tiles import dots
@@ -95,6 +95,8 @@ def decoded(job, side, area, kv_head, first, count):
         return target
     codes = area + word(job, w.AT_CODES)
     expand(job, side, 0, first, count, codes)
+    for i in range(count):
+        hadamard(codes + i * padded * 4, word(side, w.SD_WIDTH), word(side, w.SD_ROTATED))
     if hidden:
         x = area + word(job, w.AT_FEATURES) if rotated else target
         dots(codes, padded * 4, four, hidden, padded * 4, 0, features, padded, x, features * 4)

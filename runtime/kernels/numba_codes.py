@@ -52,7 +52,8 @@ def hadamard(x, width, size):
 
 @njit(**BARE)
 def turn(side, head, x, width, which):
-    """Balance, mirror and rotate one vector, in place, as its side's are stored; of what is not done to them, nothing.
+    """Balance, mirror and rotate one vector, in place, as its side's are stored, or as attention sees them; of what is not
+    done to them, nothing.
 
     which: KEY or QUERY
     """
@@ -66,7 +67,7 @@ def turn(side, head, x, width, which):
         along = splat_f32(simd.sum_lanes(total))
         for i in range(0, width * 4, 64):
             store_f32(x, i, load_f32(x, i) - load_f32(normal, i) * along)
-    hadamard(x, width, word(side, w.SD_ROTATED))
+    hadamard(x, width, word(side, w.SD_ROTATED if which == KEY else w.SD_TURNED))
 
 
 @njit(forceinline=True)

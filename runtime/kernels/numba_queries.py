@@ -46,11 +46,12 @@ def _pack_rows(job, area, source, target, shift, kv_head, first, tokens):
             write_f32(row, i * 4, x)
             if absorbed:
                 constant += x * read_f32(bias, i * 4)
-        turn(keys, kv_head, row, head_dim, QUERY)
         write_f32(shift, r * 4, constant)
     if absorbed:
         matrix = word(keys, w.SD_OUTPUT) + kv_head * seen * padded * 4
         dots(packed, padded * 4, rows, matrix, padded * 4, 0, seen, padded, target, seen * 4)
+    for r in range(rows):
+        turn(keys, kv_head, target + r * seen * 4, word(keys, w.SD_WIDTH), QUERY)
 
 
 @njit(**BARE)

@@ -14,7 +14,7 @@ from .simd import fma, load_f32, read_f32, splat_f32, store_f32
 from .simd_tiles import byte_of_lanes
 from .words import CACHED, TILE
 
-CHUNK = 64  # numbers that are encoded at a time: a whole number of groups of every codec
+CHUNK = 512  # numbers that are encoded at a time: whole groups, and whole blocks of the Hadamard rotation
 
 
 @njit(forceinline=True)
@@ -146,20 +146,16 @@ def _put(side, head, slot, at, codes, n_codes, scales, n_scales):
 
 @njit(**BARE)
 def _store(side, head, slot, source, scratch):
-    """Encode one vector, its last group filled with zeros, and store it."""
+    """Turn and encode one vector, its last group filled with zeros, and store it. Only one of a chunk at most has a mirror."""
     codec, width = word(side, w.SD_CODEC), word(side, w.SD_WIDTH)
     padded, size = word(side, w.SD_PADDED), word(side, w.SD_GROUP)
-    codes, scales, vector = scratch + CHUNK * 4, scratch + CHUNK * 8, scratch + CHUNK * 12
-    if word(side, w.SD_ROTATED) > 1:
-        for i in range(0, width * 4, 4):
-            simd.write_f32(vector, i, read_f32(source, i))
-        turn(side, head, vector, width, KEY)
-        source = vector
+    codes, scales = scratch + CHUNK * 4, scratch + CHUNK * 8
     for start in range(0, padded, CHUNK):
         count = min(CHUNK, padded - start)
         for i in range(count):
             x = read_f32(source, (start + i) * 4) if start + i < width else np.float32(0.0)
             simd.write_f32(scratch, i * 4, x)
+        turn(side, head, scratch, min(count, width - start), KEY)
         encode(codec, scratch, count, size, codes, scales)
         n_codes = word(side, w.SD_CODE_BYTES) * count // padded
         n_scales = word(side, w.SD_SCALE_BYTES) * count // padded

@@ -16,6 +16,7 @@ from .numba_blocks import ask_for, ask_for_scales, decoded, find, is_direct, til
 from .numba_codes import Q4
 from .numba_math import word
 from .numba_queries import STEP_BYTES, rounded
+from .numba_ring import bytes_of_32
 from .numba_tiles import dots, dots_f16
 from .simd import dot4_i8, fma, load_u8, read_f32, read_i32, splat_f32, splat_i32, splat_quad, to_f32
 from .words import CACHED, TILE
@@ -56,8 +57,10 @@ def _nibbles(codes):
 
 
 @njit(forceinline=True)
-def _products(codec, size, codes, x, seen, step, stride):
-    """One group's exact products of sixteen tokens and four rows. stride: from a row's step to the next"""
+def _products(codec, size, codes, ahead, x, seen, step, stride):
+    """One group's exact products of sixteen tokens and four rows.
+
+    ahead: from codes to those that are asked for meanwhile, or 0; stride: from a row's step to the next"""
     zero = splat_i32(np.int32(0))
     totals = (
         (splat_i32(read_i32(step, 0)), zero),
@@ -65,11 +68,11 @@ def _products(codec, size, codes, x, seen, step, stride):
         (splat_i32(read_i32(step, 2 * stride)), zero),
         (splat_i32(read_i32(step, 3 * stride)), zero),
     )
-    if codec == Q4:
-        return _four_dots(totals, _nibbles(codes), x, seen)
-    totals = _four_dots(totals, _signed(codes), x, seen)
-    if size == 64:
-        totals = _four_dots(totals, _signed(codes + 512), x + 32, seen)
+    for i in range(0, size, 32):
+        if ahead:
+            ask_for(codes + i * TILE + ahead, bytes_of_32(codec) * TILE)
+        v = _nibbles(codes) if codec == Q4 else _signed(codes + i * TILE)
+        totals = _four_dots(totals, v, x + i, seen)
     return totals
 
 
@@ -97,9 +100,7 @@ def _exact_scores(side, codes, scales, ahead, n, quants, steps, start, stop, sco
             a, b, c, d = zero, zero, zero, zero
             for g in range(groups):
                 x, step, at = quants + r * seen + g * size, steps + r * stride + g * STEP_BYTES, codes + g * step_bytes
-                if r == 0:
-                    ask_for(at + ahead, step_bytes)
-                exact = _products(codec, size, at, x, seen, step, stride)
+                exact = _products(codec, size, at, 0 if r else ahead, x, seen, step, stride)
                 scale = simd.load_f16_as_f32(scales, per_group * g * CACHED * 2)
                 a, b = _add(a, exact[0], scale, step), _add(b, exact[1], scale, step + stride)
                 c, d = _add(c, exact[2], scale, step + 2 * stride), _add(d, exact[3], scale, step + 3 * stride)

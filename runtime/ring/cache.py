@@ -71,7 +71,7 @@ class KVRing:
             if rank is None:
                 facts = key_facts.get(layer) if side == "k" else None
                 return Plane(side, codecs[side], heads, config.head_dim, self.slots, together=together, facts=facts)
-            return Plane(side, code_codec(codecs[side], rank), 1, rank, self.slots, learned=True)
+            return Plane(side, code_codec(codecs[side], rank), 1, rank, self.slots)
 
         self.layers = [RingLayer(plane(i, "k"), plane(i, "v")) for i in range(config.n_layers)]
         # Cosine and sine of each slot's position, where keys are rotated after they are decoded.

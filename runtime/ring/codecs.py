@@ -6,17 +6,20 @@ A vector is cut into groups, its last one filled with zeros.
 |---|---|---|
 | f32 | 16 | itself |
 | f16 | 16 | itself, in half precision; larger numbers than 65504 are stored as that |
-| q8 | 64 (32 where 64 does not divide the vector) | code * scale, code in -127..127, scale in f16 |
+| q8 | 32 to 256 | code * scale, code in -127..127, scale in f16 |
 | q4 | 32 | code * scale + base, code in 0..15, scale and base in f16 |
+
+Groups of q8 are as long as the largest power of two that divides the vector, within these bounds: a scale serves
+numbers of one size, and so these are after their rotation.
 
 Scales are one for each group, token and head. That of q8 is taken from the largest number. Those of q4, and its bases,
 begin with the smallest and the largest number, which rounds none by more than half a step. Twice they are fitted to the
 codes by least squares and the codes are made anew, and what that gives is stored where the sum of squared errors is
 less: the ends of a group are few, and a smaller step helps all others.
 
-Before keys and values become q8 or q4 they are rotated by a Hadamard matrix, which spreads outliers over all numbers
-(QuaRot; Ashkboos et al., 2024). It is its own inverse, and leaves products of rotated queries and keys as they were.
-Codes of learned projections are not rotated.
+Before vectors become q8 or q4 they are rotated by a Hadamard matrix, which spreads outliers over all numbers (QuaRot;
+Ashkboos et al., 2024). It is its own inverse, and leaves products of rotated queries and keys as they were. Codes of
+learned projections, of which the first are the largest, are rotated too.
 
 Keys have a mean, far from zero, that says nothing: it shifts all scores of a query alike. Where it is known (SPEC.md,
 6.2), keys that become q4, and queries, are first mirrored so that the mean falls on the first axis. The rotation turns
@@ -33,6 +36,7 @@ from contextlib import suppress
 
 import numpy as np
 
+from ..config import MAX_HEAD_DIM
 from ..errors import CacheError
 from .rounding import LARGEST, hadamard, mirror, mirrored, quantize_q4, quantize_q8
 
@@ -78,7 +82,8 @@ def code_codec(codec: str, rank: int) -> str:
 class Plane:
     """For each slot of the ring `heads` vectors of `width` numbers: the keys or the values of one layer.
 
-    rotated: numbers in one block of the Hadamard rotation, the largest power of two that divides width; 1 for none
+    rotated: numbers in one block of the Hadamard rotation, the largest power of two that divides width, up to 512; 1 for
+    none
     mirror: (heads, 3, width) float32, or None: of each head the normal of its mirror, what keys are multiplied by, and
     what queries are
     codes: of one vector float32, float16, int8, or uint8 with two codes in a byte: of each group's 16 bytes, byte i
@@ -105,19 +110,18 @@ class Plane:
         heads: int,
         width: int,
         slots: int,
-        learned: bool = False,
         facts: np.ndarray | None = None,
         together: bool = False,
     ) -> None:
-        """side: "k" or "v"; learned: it stores the codes of a learned projection; slots: rounded up to whole blocks
+        """side: "k" or "v"; slots: rounded up to whole blocks
 
         facts: (2, heads, width) float32, of keys: the means that they scatter about, and their balance
         together: attention reads all heads of a block before the next block
         """
         self.side, self.codec, self.heads, self.width = side, codec, heads, width
         self.slots = -(-slots // BLOCK) * BLOCK
-        self.rotated = width & -width if codec in ("q8", "q4") and not learned else 1
-        self.group = {"f32": 16, "f16": 16, "q8": 32 if width % 64 else 64, "q4": 32}[codec]
+        self.rotated = min(width & -width, MAX_HEAD_DIM) if codec in ("q8", "q4") else 1
+        self.group = {"f32": 16, "f16": 16, "q8": min(max(self.rotated, 32), 256), "q4": 32}[codec]
         # The base is a group's: other groups than whole blocks of the rotation would not see a constant.
         whole = codec == "q4" and self.rotated == width and width % self.group == 0
         self.mirror = None if facts is None or not whole else mirror(*facts)
