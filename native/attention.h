@@ -157,10 +157,13 @@ KERNEL(attend_join) {
     UNUSED;
     words job = at(address, 0);
     int64_t sets = job[AT_SETS], share = job[AT_KV_HEADS] / sets, rows = rows_of_tokens(job, 1);
-    int64_t width = job[AT_VALUES + SD_SEEN];
+    words values = job + AT_VALUES;
+    int64_t width = values[SD_SEEN], spans = vista_of(job, job[AT_FIRST], 1).spans;
     float *area = area_of(job, unit), *total = in(area, job[AT_TOTAL]);
+    int64_t decoder = values[SD_SHARED] ? padded16(job[AT_HEAD_DIM]) * width * 4 : 0;
     clear(total, rows, width);
-    for (int64_t index = 0, spans = vista_of(job, job[AT_FIRST], 1).spans; index < spans; index++) {
+    for (int64_t index = 0; index < spans; index++) {
+        if (decoder) ask_for(at(values[SD_OUTPUT], unit * decoder + index * (decoder / spans)), decoder / spans);
         float *part = at(job[AT_PARTS], (index * sets + unit / share) * job[AT_PART_BYTES]);
         join_rows(total, rows, part, share * rows, unit % share * rows, width);
     }

@@ -12,9 +12,11 @@ typedef struct { int64_t start, stop; } sight;
 
 // One unit's work: its key-value heads and tokens, rows of one head and of all heads; the span that it is at, and whether
 // that is one of the sinks; the block of it that it is at, the block's slot, of which positions low .. high - 1 are
-// wanted, the tiles that these lie in, and whether every row sees all of the block.
+// wanted, the tiles that these lie in, and whether every row sees all of the block. early: whether half of the next block's
+// keys are asked for while values are summed, see `asks_early`
 typedef struct {
     int64_t kv_first, kv_stop, first, tokens, rows, all_rows;
+    int early;
     int64_t start, stop;
     int sinks, whole;
     int64_t block, slot, low, high;
@@ -34,6 +36,23 @@ INLINE ring_piece find_piece(words side, int64_t kv_head, const task *t) {
     for (; later >= heads; later -= heads) blocks++;
     int64_t ahead = blocks * side[SD_BLOCK_STRIDE] + (later - number) * side[SD_HEAD_STRIDE];
     return (ring_piece){scales_at(side, head, t->slot), (uint8_t *)codes_at(side, head, t->slot), ahead};
+}
+
+// What is asked for while something else is read: from where on, and how many bytes with each step; with 0 nothing is.
+typedef struct { const uint8_t *next; int64_t step; } errand;
+
+// With every 64 bytes of a piece of keys: the same of the piece that is read later; or of the next block's first half.
+INLINE errand asked_with_scores(words keys, const ring_piece *x, int64_t kv_head, const task *t) {
+    int64_t number = kv_head - t->kv_first, half = keys[SD_HEAD_STRIDE] / 2, steps = CACHED * keys[SD_CODE_BYTES] / 64;
+    if (!t->early) return (errand){x->codes + x->ahead, 64};
+    return (errand){(const uint8_t *)x->scales + keys[SD_BLOCK_STRIDE] - number * (keys[SD_HEAD_STRIDE] - half), half / steps};
+}
+
+// With every sum of four rows, four tokens and 32 numbers: a share of the next block's second half.
+INLINE errand asked_with_values(words job, const task *t) {
+    words keys = job + AT_KEYS;
+    int64_t half = keys[SD_BLOCK_STRIDE] / 2, steps = job[AT_VALUES + SD_SEEN] / 32 * t->all_rows / 4 * (CACHED / 4);
+    return (errand){(const uint8_t *)scales_at(keys, t->kv_first, t->slot) + 3 * half, t->early ? half / steps : 0};
 }
 
 // The tokens of a block that a step goes through: all of them is known when the code is compiled.

@@ -128,8 +128,8 @@ static void hadamard(float *x, int64_t width, int64_t size) {
     for (int64_t i = 0; i < width; i++) x[i] *= scale;
 }
 
-// Balance, mirror and rotate one vector, in place, as its side's are stored, or as attention sees them; of what is not
-// done to them, nothing. which: KEY or QUERY
+// Balance, mirror and rotate one vector, in place; of what is not done to its side's vectors, nothing.
+// which: KEY, to store it, or QUERY, to multiply it with what attention sees
 INLINE void turn(words side, int64_t head, float *x, int64_t width, int which) {
     if (side[SD_MIRROR]) {
         const float *normal = at(side[SD_MIRROR], head * 3 * width * 4), *factors = normal + which * width;

@@ -106,7 +106,7 @@ INLINE void put(words side, int64_t head, int64_t slot, int64_t first, const cha
     for (int64_t i = 0; i < n_scales; i++) to[i * CACHED] = scales[i];
 }
 
-// Turn and encode one vector, its last group filled with zeros, and store it. Only one of a chunk at most has a mirror.
+// Turn and encode one vector, its last group filled with zeros, and store it. What has a mirror is one chunk.
 static void store(words side, int64_t head, int64_t slot, const float *source) {
     _Alignas(64) float x[CHUNK];
     char codes[CHUNK * 4];

@@ -10,26 +10,28 @@ INLINE void load_codes(int codec, const uint8_t *tile, vu codes[8]) {
     }
 }
 
-// Add the products of 32 codes with four rows, to two sums of each, so that none waits for another.
-INLINE void four_dots(const vu codes[8], const int8_t *x, int64_t seen, vi exact[2][4]) {
-    UNROLL for (int i = 0; i < 8; i++)
+// Add the products of 32 codes with four rows, to two sums of each, so that none waits for another. e: what is asked for
+// with every 64 bytes of codes, evenly: many lines at once would be waited for
+INLINE void four_dots(int codec, const vu codes[8], const int8_t *x, int64_t seen, errand e, vi exact[2][4]) {
+    int per_vector = codec == RING_Q4 ? 2 : 1;  // products of one vector of codes
+    UNROLL for (int i = 0; i < 8; i++) {
+        if (e.step && i % per_vector == 0) ask_for(e.next + i / per_vector * e.step, 64);
         UNROLL for (int r = 0; r < 4; r++)
             exact[i % 2][r] = v_dot4_i8(exact[i % 2][r], codes[i], v_splat_quad(x + r * seen + 4 * i));
+    }
 }
 
-// Scores of LANES tokens and four rows. size: numbers of a group; next: what to ask for, or null; tile: bytes of a group
-// of sixteen tokens
+// Scores of LANES tokens and four rows. size: numbers of a group; tile: bytes of a group of sixteen tokens
 INLINE void score_four(int codec, int64_t size, int64_t groups, const uint8_t *codes, int64_t tile, const uint16_t *scales,
-                       const int8_t *quants, int64_t seen, const query_step *steps, const uint8_t *next, float *scores) {
+                       const int8_t *quants, int64_t seen, const query_step *steps, errand e, float *scores) {
     vf sums[4] = {{0}};
     for (int64_t g = 0; g < groups; g++, codes += tile, scales += CACHED, quants += size, steps++) {
         vi exact[2][4] = {{{0}}};
         vu v[8];
         UNROLL for (int r = 0; r < 4; r++) exact[0][r] = v_splat_i32(steps[r * groups].start);
-        for (int64_t i = 0; i < size; i += 32) {
-            if (next) ask_for(next + g * tile + i * TILE, bytes_of_32(codec) * TILE);
+        for (int64_t i = 0; i < size; i += 32, e.next += bytes_of_32(codec) / 4 * e.step) {
             load_codes(codec, codes + i * TILE, v);
-            four_dots(v, quants + i, seen, exact);
+            four_dots(codec, v, quants + i, seen, e, exact);
         }
         vf scale = v_load_f16(scales);
         UNROLL for (int r = 0; r < 4; r++)
@@ -45,20 +47,20 @@ INLINE void score_four(int codec, int64_t size, int64_t groups, const uint8_t *c
 // scores[r, j] = rounded row r times token j of a block, for `tokens`, which are whole tiles; those of tokens that are not
 // there may be no numbers. n: rows, in fours
 static void exact_scores(words side, const ring_piece *x, int64_t n, const int8_t *quants, const query_step *steps,
-                         sight tokens, float *scores) {
+                         sight tokens, errand e, float *scores) {
     int64_t seen = side[SD_SEEN], size = side[SD_GROUP], groups = seen / size;
     int64_t tile = side[SD_CODE_BYTES] * TILE / groups;
     for (int64_t j = tokens.start; j < tokens.stop; j += LANES) {
         const uint8_t *lines = x->codes + j / TILE * groups * tile + j % TILE * 4;
         for (int64_t r = 0; r < n; r += 4) {
-            const uint8_t *next = r == 0 && j % TILE == 0 ? lines + x->ahead : 0;
+            errand wanted = {e.next + j / TILE * (side[SD_CODE_BYTES] / 4) * e.step, r || j % TILE ? 0 : e.step};
             const int8_t *row = quants + r * seen;
             const query_step *step = steps + r * groups;
             float *out = scores + r * CACHED + j;
             if (side[SD_CODEC] == RING_Q4)
-                score_four(RING_Q4, 32, groups, lines, tile, x->scales + j, row, seen, step, next, out);
+                score_four(RING_Q4, 32, groups, lines, tile, x->scales + j, row, seen, step, wanted, out);
             else
-                score_four(RING_Q8, size, groups, lines, tile, x->scales + j, row, seen, step, next, out);
+                score_four(RING_Q8, size, groups, lines, tile, x->scales + j, row, seen, step, wanted, out);
         }
     }
 }
@@ -72,8 +74,9 @@ static void score(words job, float *area, float *queries, int near, int64_t r, i
     if (keys[SD_INT8]) {
         ring_piece x = find_piece(keys, kv_head, t);
         int64_t row = (near ? t->all_rows : 0) + r;
-        ask_for_scales(keys, &x);
-        exact_scores(keys, &x, n, row_quants(job, queries, row), row_steps(job, queries, row), t->tiles, scores);
+        if (!t->early) ask_for_scales(keys, &x);
+        errand e = asked_with_scores(keys, &x, kv_head, t);
+        exact_scores(keys, &x, n, row_quants(job, queries, row), row_steps(job, queries, row), t->tiles, e, scores);
         return;
     }
     const float *rows = in(queries, job[near ? AT_NEAR : AT_QUERY]) + r * width;

@@ -96,14 +96,15 @@ INLINE void round_group(form f, words job, float *area, const uint16_t *scales, 
 
 // Add 2 LANES columns' sums, LANES from each of two halves of 32, to some rows of the result.
 // codes: of q8 bytes, of q4 the halves of bytes, less 8, so that errors of weights mostly cancel
-// ahead: from codes to those that are asked for meanwhile, or 0; many lines at once would be waited for
+// ahead: from codes to those that are asked for meanwhile, or 0; many lines at once would be waited for; e: what else is
 INLINE void multiply(form f, const uint8_t *codes, const int8_t *planes, const float *keep, const float *factors, float *out,
-                     int64_t out_stride, int64_t ahead, const task *t) {
+                     int64_t out_stride, int64_t ahead, errand e, const task *t) {
     vi high[WITHIN][2] = {{{0}}}, low[WITHIN][2] = {{{0}}};
     sight tokens = tokens_of_block(f.whole, t);
     codes += tokens.start * bytes_of_32(f.codec);
     for (int64_t j = tokens.start; j < tokens.stop; j += 4, codes += 4 * bytes_of_32(f.codec)) {
         if (ahead) ask_for(codes + ahead, 4 * bytes_of_32(f.codec));
+        if (e.step) ask_for(e.next + j / 4 * e.step, 64);
         vu a = v_load_bytes(codes), b = f.codec == RING_Q4 ? (a >> 4) - 8 : v_load_bytes(codes + 64);
         if (f.codec == RING_Q4) a = (a & 15) - 8;
         UNROLL for (int r = 0; r < WITHIN; r++) {
@@ -136,6 +137,7 @@ INLINE void add_codes_of(form f, words job, float *area, const ring_piece *x, in
     float *worth = in(area, job[AT_WORTH]);
     lift *lifts = (lift *)in(area, job[AT_LIFTS]);
     const float *keep = state_of(job, area, t->all_rows).keep + first;
+    errand e = asked_with_values(job, t);
     for (int64_t start = 0; start < groups; start += together) {
         int64_t stop = min_of(start + together, groups);
         for (int64_t g = start; f.whole && g < stop; g++) {
@@ -150,9 +152,12 @@ INLINE void add_codes_of(form f, words job, float *area, const ring_piece *x, in
             int64_t at = (d / size - start) * n;
             const uint8_t *codes = x->codes + d / 32 * bytes_of_32(f.codec) * CACHED;
             for (int64_t r = 0; r < n; r += WITHIN)
-                UNROLL for (int p = 0; p < PARTS; p++)
+                UNROLL for (int p = 0; p < PARTS; p++) {
+                    errand wanted = {e.next, r % 4 || p ? 0 : e.step};
                     multiply(f, codes + p * BYTES, planes + (at + r) * PLANES, keep + r, worth + at + r,
-                             out + r * width + d + p * LANES, width, r || p ? 0 : x->ahead, t);
+                             out + r * width + d + p * LANES, width, r || p ? 0 : x->ahead, wanted, t);
+                    e.next += CACHED / 4 * wanted.step;
+                }
         }
     }
 }

@@ -18,6 +18,7 @@ from numba import njit
 from . import simd
 from . import words as w
 from .compiling import BARE
+from .numba_blocks import ask_for
 from .numba_codes import hadamard
 from .numba_math import exp2, word
 from .numba_queries import pack, rows_of
@@ -195,12 +196,15 @@ def attend_spans(job, unit):
 def attend_join(job, kv_head):
     """Third: the spans of one key-value head together."""
     sets, first, rows = word(job, w.AT_SETS), word(job, w.AT_FIRST), rows_of(job, 1)
-    share, width = word(job, w.AT_KV_HEADS) // sets, word(job, w.AT_VALUES + w.SD_SEEN)
+    share, values = word(job, w.AT_KV_HEADS) // sets, job + w.AT_VALUES * 8
+    width = word(values, w.SD_SEEN)
     area = word(job, w.AT_AREA) + kv_head * word(job, w.AT_AREA_BYTES)
     total = area + word(job, w.AT_TOTAL)
     _clear(total, rows, width)
     _, _, count = _sight(job, first, 1)
+    decoder = (word(job, w.AT_HEAD_DIM) + 15) // 16 * 16 * width * 4 if word(values, w.SD_SHARED) else 0
     for index in range(count):
+        ask_for(word(values, w.SD_OUTPUT) + kv_head * decoder + index * (decoder // count), decoder // count)
         result = word(job, w.AT_PARTS) + (index * sets + kv_head // share) * word(job, w.AT_PART_BYTES)
         _join(total, rows, result, share * rows, kv_head % share * rows, width)
     _finish(job, area, total, rows, kv_head, first, 1)

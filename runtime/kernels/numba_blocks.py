@@ -49,6 +49,42 @@ def ask_for_scales(side, scales):
 
 
 @njit(forceinline=True)
+def asks_early(job, kv_heads, all_rows):
+    """Whether half of the next block's keys are asked for while values are summed.
+
+    Where heads share values, and one unit has all heads, values are summed for longer than it takes to read them, and
+    keys are read for longer than it takes to multiply them. No step of the sums may have to ask for more than 64 bytes.
+    kv_heads: first and end of the unit's
+    """
+    keys, values, heads = job + w.AT_KEYS * 8, job + w.AT_VALUES * 8, kv_heads[1] - kv_heads[0]
+    codes = word(keys, w.SD_INT8) and word(values, w.SD_INT8) and word(values, w.SD_SHARED)
+    few = word(keys, w.SD_BLOCK_STRIDE) // 2 <= word(values, w.SD_SEEN) * all_rows * 16
+    return codes and heads > 1 and heads == word(keys, w.SD_HEADS) and few
+
+
+@njit(forceinline=True)
+def asked_with_scores(job, codes, scales, ahead, number, early):
+    """What is asked for with every 32 numbers of a tile of a piece of keys: from where on, and how many bytes.
+
+    The same of the piece that is read later; or of the next block's first half. number: of the unit's head"""
+    keys = job + w.AT_KEYS * 8
+    stride, steps = word(keys, w.SD_HEAD_STRIDE), word(keys, w.SD_SEEN) // 32 * (CACHED // TILE)
+    if not early:
+        return codes + ahead, word(keys, w.SD_CODE_BYTES) * CACHED // steps
+    return scales + word(keys, w.SD_BLOCK_STRIDE) - number * (stride - stride // 2), stride // 2 // steps
+
+
+@njit(forceinline=True)
+def asked_with_values(job, kv_head, block, all_rows, early):
+    """What is asked for with every sum of four rows, four tokens and 32 numbers: from where on, and how many bytes.
+
+    A share of the next block's second half of keys, or 0 bytes. kv_head: the unit's first"""
+    keys, seen = job + w.AT_KEYS * 8, word(job + w.AT_VALUES * 8, w.SD_SEEN)
+    half, steps = word(keys, w.SD_BLOCK_STRIDE) // 2, seen // 32 * all_rows // 4 * (CACHED // 4)
+    return scales_at(keys, kv_head, slot_of(job, block)) + 3 * half, half // steps if early else 0
+
+
+@njit(forceinline=True)
 def tiles_of(sight):
     """The tokens of a block's tiles in which those lie that are wanted: the first, and where they end."""
     _, _, _, block, low, high = sight

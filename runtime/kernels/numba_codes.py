@@ -52,10 +52,9 @@ def hadamard(x, width, size):
 
 @njit(**BARE)
 def turn(side, head, x, width, which):
-    """Balance, mirror and rotate one vector, in place, as its side's are stored, or as attention sees them; of what is not
-    done to them, nothing.
+    """Balance, mirror and rotate one vector, in place; of what is not done to its side's vectors, nothing.
 
-    which: KEY or QUERY
+    which: KEY, to store it, or QUERY, to multiply it with what attention sees
     """
     if word(side, w.SD_MIRROR):
         normal, total = word(side, w.SD_MIRROR) + head * 3 * width * 4, splat_f32(np.float32(0.0))

@@ -146,7 +146,7 @@ def _put(side, head, slot, at, codes, n_codes, scales, n_scales):
 
 @njit(**BARE)
 def _store(side, head, slot, source, scratch):
-    """Turn and encode one vector, its last group filled with zeros, and store it. Only one of a chunk at most has a mirror."""
+    """Turn and encode one vector, its last group filled with zeros, and store it. What has a mirror is one chunk."""
     codec, width = word(side, w.SD_CODEC), word(side, w.SD_WIDTH)
     padded, size = word(side, w.SD_PADDED), word(side, w.SD_GROUP)
     codes, scales = scratch + CHUNK * 4, scratch + CHUNK * 8

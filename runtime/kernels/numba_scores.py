@@ -12,11 +12,19 @@ from numba import njit
 from . import simd
 from . import words as w
 from .compiling import BARE
-from .numba_blocks import ask_for, ask_for_scales, decoded, find, is_direct, tiles_of
+from .numba_blocks import (
+    ask_for,
+    ask_for_scales,
+    asked_with_scores,
+    asks_early,
+    decoded,
+    find,
+    is_direct,
+    tiles_of,
+)
 from .numba_codes import Q4
 from .numba_math import word
 from .numba_queries import STEP_BYTES, rounded
-from .numba_ring import bytes_of_32
 from .numba_tiles import dots, dots_f16
 from .simd import dot4_i8, fma, load_u8, read_f32, read_i32, splat_f32, splat_i32, splat_quad, to_f32
 from .words import CACHED, TILE
@@ -57,10 +65,11 @@ def _nibbles(codes):
 
 
 @njit(forceinline=True)
-def _products(codec, size, codes, ahead, x, seen, step, stride):
+def _products(codec, size, codes, asked, x, seen, step, stride):
     """One group's exact products of sixteen tokens and four rows.
 
-    ahead: from codes to those that are asked for meanwhile, or 0; stride: from a row's step to the next"""
+    asked: what is asked for with every 32 numbers, from where on and how many bytes, or 0; stride: from a row's step to
+    the next"""
     zero = splat_i32(np.int32(0))
     totals = (
         (splat_i32(read_i32(step, 0)), zero),
@@ -69,8 +78,7 @@ def _products(codec, size, codes, ahead, x, seen, step, stride):
         (splat_i32(read_i32(step, 3 * stride)), zero),
     )
     for i in range(0, size, 32):
-        if ahead:
-            ask_for(codes + i * TILE + ahead, bytes_of_32(codec) * TILE)
+        ask_for(asked[0] + i // 32 * asked[1], asked[1])
         v = _nibbles(codes) if codec == Q4 else _signed(codes + i * TILE)
         totals = _four_dots(totals, v, x + i, seen)
     return totals
@@ -87,9 +95,9 @@ def _add_base(before, base, step):
 
 
 @njit(**BARE)
-def _exact_scores(side, codes, scales, ahead, n, quants, steps, start, stop, scores):
+def _exact_scores(side, codes, scales, asked, n, quants, steps, start, stop, scores):
     """scores[r, j] = rounded row r times token j of a block, for tokens start .. stop - 1, which are whole tiles; those
-    of tokens that are not there may be no numbers. n: rows, in fours"""
+    of tokens that are not there may be no numbers. asked: see asked_with_scores; n: rows, in fours"""
     seen, size, codec = word(side, w.SD_SEEN), word(side, w.SD_GROUP), word(side, w.SD_CODEC)
     groups, per_group = seen // size, 2 if codec == Q4 else 1
     stride, step_bytes = groups * STEP_BYTES, word(side, w.SD_CODE_BYTES) * TILE // groups  # of a group of a tile
@@ -100,7 +108,8 @@ def _exact_scores(side, codes, scales, ahead, n, quants, steps, start, stop, sco
             a, b, c, d = zero, zero, zero, zero
             for g in range(groups):
                 x, step, at = quants + r * seen + g * size, steps + r * stride + g * STEP_BYTES, codes + g * step_bytes
-                exact = _products(codec, size, at, 0 if r else ahead, x, seen, step, stride)
+                wanted = asked[0] + (j // (TILE * 4) * seen + g * size) // 32 * asked[1], 0 if r else asked[1]
+                exact = _products(codec, size, at, wanted, x, seen, step, stride)
                 scale = simd.load_f16_as_f32(scales, per_group * g * CACHED * 2)
                 a, b = _add(a, exact[0], scale, step), _add(b, exact[1], scale, step + stride)
                 c, d = _add(c, exact[2], scale, step + 2 * stride), _add(d, exact[3], scale, step + 3 * stride)
@@ -126,10 +135,13 @@ def score(job, area, queries, near, all_rows, at, n, kv_head, kv_heads, sight):
     scores = area + word(job, w.AT_SCORES) + at * CACHED * 4
     if word(keys, w.SD_INT8):
         codes, scales, ahead = find(job, keys, kv_head, kv_heads, block)
-        ask_for_scales(keys, scales + ahead)
+        number, early = kv_head - kv_heads[0], asks_early(job, kv_heads, all_rows)
+        asked = asked_with_scores(job, codes, scales, ahead, number, early)
+        if not early:
+            ask_for_scales(keys, scales + ahead)
         quants, steps = rounded(job, queries, (all_rows if near else 0) + at)
         start, stop = tiles_of(sight)
-        _exact_scores(keys, codes, scales, ahead, n, quants, steps, start, stop, scores)
+        _exact_scores(keys, codes, scales, asked, n, quants, steps, start, stop, scores)
         return
     rows = queries + word(job, w.AT_NEAR if near else w.AT_QUERY) + at * width * 4
     start = (low - block) // 4 * 4

@@ -13,7 +13,16 @@ from numba import njit
 from . import simd
 from . import words as w
 from .compiling import BARE
-from .numba_blocks import ask_for, ask_for_scales, decoded, find, is_direct, tiles_of
+from .numba_blocks import (
+    ask_for,
+    ask_for_scales,
+    asked_with_values,
+    asks_early,
+    decoded,
+    find,
+    is_direct,
+    tiles_of,
+)
 from .numba_codes import Q4, Q8
 from .numba_math import word
 from .numba_queries import rows_of
@@ -182,16 +191,19 @@ def _four_dots(sums, weights, is_q4, two, a, b):
 
 
 @njit(forceinline=True)
-def _multiply(codec, two, codes, ahead, planes, start, stop, keep, factors, out, out_stride):
+def _multiply(codec, two, codes, ahead, asked, planes, start, stop, keep, factors, out, out_stride):
     """Add 32 columns' sums over tokens start .. stop - 1 to four rows of the result.
 
-    ahead: from codes to those that are asked for meanwhile, or 0; many lines at once would be waited for"""
+    ahead: from codes to those that are asked for meanwhile, or 0; many lines at once would be waited for; asked: what
+    else is, with every four tokens: from where on, and how many bytes apart, or 0"""
     zero = splat_i32(np.int32(0))
     s0 = s1 = s2 = s3 = (zero, zero, zero, zero)
     for j in range(start, stop, 4):
         is_q4, at = codec == Q4, codes + j * bytes_of_32(codec)
         if ahead:
             ask_for(at + ahead, 4 * bytes_of_32(codec))
+        if asked[1]:
+            ask_for(asked[0] + j // 4 * asked[1], 64)
         a, b = _columns(at, is_q4)
         x = planes + j
         s0, s1 = _four_dots(s0, x, is_q4, two, a, b), _four_dots(s1, x + PLANES, is_q4, two, a, b)
@@ -210,22 +222,22 @@ def _add_pair(out, keep, factor, two, s):
 
 
 @njit(**BARE)
-def _multiply_four(side, codes, ahead, planes, start, stop, keep, factors, out):
+def _multiply_four(side, codes, ahead, asked, planes, start, stop, keep, factors, out):
     """Add 32 columns' sums over tokens start .. stop - 1 to four rows of the result."""
     width = word(side, w.SD_SEEN) * 4
     if word(side, w.SD_CODEC) == Q4:
-        _multiply(Q4, False, codes, ahead, planes, start, stop, keep, factors, out, width)
+        _multiply(Q4, False, codes, ahead, asked, planes, start, stop, keep, factors, out, width)
     elif word(side, w.SD_BYTES) == 2:
-        _multiply(Q8, True, codes, ahead, planes, start, stop, keep, factors, out, width)
+        _multiply(Q8, True, codes, ahead, asked, planes, start, stop, keep, factors, out, width)
     else:
-        _multiply(Q8, False, codes, ahead, planes, start, stop, keep, factors, out, width)
+        _multiply(Q8, False, codes, ahead, asked, planes, start, stop, keep, factors, out, width)
 
 
 @njit(**BARE)
-def _add_codes(job, area, result, codes, scales, ahead, first, n, all_rows, sight):
+def _add_codes(job, area, result, codes, scales, ahead, asked, first, n, all_rows, sight):
     """Add a block's values, which are codes, to rows first .. first + n - 1. The weights of as many rows and groups as
     ROUNDED are rounded before any is multiplied, so that no product waits for its weights, and no weight for its
-    group's lift."""
+    group's lift. asked: see asked_with_values"""
     side = job + w.AT_VALUES * 8
     width, size, row = word(side, w.SD_SEEN), word(side, w.SD_GROUP), word(side, w.SD_CODE_BYTES)
     per_group = 2 if word(side, w.SD_CODEC) == Q4 else 1
@@ -250,7 +262,8 @@ def _add_codes(job, area, result, codes, scales, ahead, first, n, all_rows, sigh
             for r in range(0, n, 4):
                 rounded, out = planes + (at + r) * PLANES, result + ((first + r) * width + d) * 4
                 factors, later = worth + (at + r) * 4, 0 if r else ahead
-                _multiply_four(side, codes + column, later, rounded, start, stop, keep + r * 4, factors, out)
+                wanted = asked[0] + (d // 32 * n + r) // 4 * (CACHED // 4) * asked[1], asked[1]
+                _multiply_four(side, codes + column, later, wanted, rounded, start, stop, keep + r * 4, factors, out)
 
 
 @njit(**BARE)
@@ -261,7 +274,9 @@ def add_values(job, area, result, at, n, all_rows, kv_head, kv_heads, sight):
     _, _, _, block, low, high = sight
     if word(side, w.SD_INT8):
         codes, scales, ahead = find(job, side, kv_head, kv_heads, block)
-        _add_codes(job, area, result, codes, scales, ahead, at, n, all_rows, sight)
+        early = asks_early(job, kv_heads, all_rows)
+        asked = asked_with_values(job, kv_heads[0], block, all_rows, early)
+        _add_codes(job, area, result, codes, scales, ahead, asked, at, n, all_rows, sight)
         return
     weights, out = area + word(job, w.AT_SCORES) + at * CACHED * 4, result + at * width * 4
     keep, share = state_of(job, area, all_rows, 2) + at * 4, state_of(job, area, all_rows, 3) + at * 4

@@ -82,8 +82,8 @@ def code_codec(codec: str, rank: int) -> str:
 class Plane:
     """For each slot of the ring `heads` vectors of `width` numbers: the keys or the values of one layer.
 
-    rotated: numbers in one block of the Hadamard rotation, the largest power of two that divides width, up to 512; 1 for
-    none
+    rotated: numbers in one block of the Hadamard rotation, the largest power of two that divides width, at most 512; 1
+    for none
     mirror: (heads, 3, width) float32, or None: of each head the normal of its mirror, what keys are multiplied by, and
     what queries are
     codes: of one vector float32, float16, int8, or uint8 with two codes in a byte: of each group's 16 bytes, byte i
