@@ -23,7 +23,7 @@ typedef struct {
     sight tiles;
 } task;
 
-enum { PIECES_AHEAD = 2 };  // pieces from one that is read to one that is asked for
+enum { PIECES_AHEAD = 2, NEAR = 4096 };  // pieces, and bytes, from what is read to what is asked for
 
 // A block's scales and codes of one head, and how far off those are that the unit reads PIECES_AHEAD pieces later.
 typedef struct { const uint16_t *scales; const uint8_t *codes; int64_t ahead; } ring_piece;
@@ -39,13 +39,14 @@ INLINE ring_piece find_piece(words side, int64_t kv_head, const task *t) {
 }
 
 // What is asked for while something else is read: from where on, and how many bytes with each step; with 0 nothing is.
-typedef struct { const uint8_t *next; int64_t step; } errand;
+// near: bytes from what is read to what is to come from the second cache into the nearest
+typedef struct { const uint8_t *next; int64_t step, near; } errand;
 
 // With every 64 bytes of a piece of keys: the same of the piece that is read later; or of the next block's first half.
 INLINE errand asked_with_scores(words keys, const ring_piece *x, int64_t kv_head, const task *t) {
     int64_t number = kv_head - t->kv_first, half = keys[SD_HEAD_STRIDE] / 2, steps = CACHED * keys[SD_CODE_BYTES] / 64;
-    if (!t->early) return (errand){x->codes + x->ahead, 64};
-    return (errand){(const uint8_t *)x->scales + keys[SD_BLOCK_STRIDE] - number * (keys[SD_HEAD_STRIDE] - half), half / steps};
+    const uint8_t *next = (const uint8_t *)x->scales + keys[SD_BLOCK_STRIDE] - number * (keys[SD_HEAD_STRIDE] - half);
+    return t->early ? (errand){next, half / steps, 2 * NEAR} : (errand){x->codes + x->ahead, 64, NEAR};
 }
 
 // With every sum of four rows, four tokens and 32 numbers: a share of the next block's second half.

@@ -87,6 +87,9 @@ INLINE void ask_for(const void *bytes, int64_t count) {
     UNROLL for (int64_t i = 0; i < count; i += 64) __builtin_prefetch((const char *)bytes + i, 0, 2);
 }
 
+// Ask for one line of what is read next to come into the nearest cache.
+INLINE void ask_near(const void *bytes) { __builtin_prefetch(bytes, 0, 3); }
+
 INLINE int64_t first_row(words matrix, int64_t unit) { return (unit - matrix[FIRST]) * UNIT_ROWS; }
 INLINE int64_t last_row(words matrix, int64_t unit) {
     return min_of(first_row(matrix, unit) + UNIT_ROWS, matrix[OUTPUTS]);

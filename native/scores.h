@@ -11,11 +11,15 @@ INLINE void load_codes(int codec, const uint8_t *tile, vu codes[8]) {
 }
 
 // Add the products of 32 codes with four rows, to two sums of each, so that none waits for another. e: what is asked for
-// with every 64 bytes of codes, evenly: many lines at once would be waited for
-INLINE void four_dots(int codec, const vu codes[8], const int8_t *x, int64_t seen, errand e, vi exact[2][4]) {
+// with every 64 bytes of codes, evenly: many lines at once would be waited for; soon: where codes are that are read soon
+INLINE void four_dots(int codec, const vu codes[8], const int8_t *x, int64_t seen, errand e, const uint8_t *soon,
+                      vi exact[2][4]) {
     int per_vector = codec == RING_Q4 ? 2 : 1;  // products of one vector of codes
     UNROLL for (int i = 0; i < 8; i++) {
-        if (e.step && i % per_vector == 0) ask_for(e.next + i / per_vector * e.step, 64);
+        if (e.step && i % per_vector == 0) {
+            ask_for(e.next + i / per_vector * e.step, 64);
+            ask_near(soon + i / per_vector * 64);
+        }
         UNROLL for (int r = 0; r < 4; r++)
             exact[i % 2][r] = v_dot4_i8(exact[i % 2][r], codes[i], v_splat_quad(x + r * seen + 4 * i));
     }
@@ -31,7 +35,7 @@ INLINE void score_four(int codec, int64_t size, int64_t groups, const uint8_t *c
         UNROLL for (int r = 0; r < 4; r++) exact[0][r] = v_splat_i32(steps[r * groups].start);
         for (int64_t i = 0; i < size; i += 32, e.next += bytes_of_32(codec) / 4 * e.step) {
             load_codes(codec, codes + i * TILE, v);
-            four_dots(codec, v, quants + i, seen, e, exact);
+            four_dots(codec, v, quants + i, seen, e, codes + i * TILE + e.near, exact);
         }
         vf scale = v_load_f16(scales);
         UNROLL for (int r = 0; r < 4; r++)
@@ -53,7 +57,7 @@ static void exact_scores(words side, const ring_piece *x, int64_t n, const int8_
     for (int64_t j = tokens.start; j < tokens.stop; j += LANES) {
         const uint8_t *lines = x->codes + j / TILE * groups * tile + j % TILE * 4;
         for (int64_t r = 0; r < n; r += 4) {
-            errand wanted = {e.next + j / TILE * (side[SD_CODE_BYTES] / 4) * e.step, r || j % TILE ? 0 : e.step};
+            errand wanted = {e.next + j / TILE * (side[SD_CODE_BYTES] / 4) * e.step, r || j % TILE ? 0 : e.step, e.near};
             const int8_t *row = quants + r * seen;
             const query_step *step = steps + r * groups;
             float *out = scores + r * CACHED + j;

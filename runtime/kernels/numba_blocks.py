@@ -14,10 +14,10 @@ from .numba_math import gelu, gelu_tanh, word
 from .numba_ring import codes_at, expand, rotate, scales_at, slot_of
 from .numba_tiles import dots
 from .simd import load_f32, store_f32
-from .simd_tiles import prefetch_far
+from .simd_tiles import prefetch, prefetch_far
 from .words import CACHED, TILE
 
-PIECES_AHEAD = 2  # pieces, of a block and a head, from one that is read to one that is asked for
+PIECES_AHEAD, NEAR = 2, 4096  # pieces, of a block and a head, and bytes, from what is read to what is asked for
 
 # ==== As they are stored ====
 
@@ -43,6 +43,13 @@ def ask_for(address, count):
 
 
 @njit(forceinline=True)
+def ask_near(address, count):
+    """Ask for bytes that are read next to come into the nearest cache."""
+    for i in range(0, count, 64):
+        prefetch(address, i)
+
+
+@njit(forceinline=True)
 def ask_for_scales(side, scales):
     """Ask for the scales of a piece that will be read soon."""
     ask_for(scales, word(side, w.SD_SCALE_BYTES) * CACHED)
@@ -64,14 +71,15 @@ def asks_early(job, kv_heads, all_rows):
 
 @njit(forceinline=True)
 def asked_with_scores(job, codes, scales, ahead, number, early):
-    """What is asked for with every 32 numbers of a tile of a piece of keys: from where on, and how many bytes.
+    """What is asked for with every 32 numbers of a tile of a piece of keys: from where on, how many bytes, and how far
+    ahead codes are asked into the nearest cache.
 
     The same of the piece that is read later; or of the next block's first half. number: of the unit's head"""
     keys = job + w.AT_KEYS * 8
     stride, steps = word(keys, w.SD_HEAD_STRIDE), word(keys, w.SD_SEEN) // 32 * (CACHED // TILE)
     if not early:
-        return codes + ahead, word(keys, w.SD_CODE_BYTES) * CACHED // steps
-    return scales + word(keys, w.SD_BLOCK_STRIDE) - number * (stride - stride // 2), stride // 2 // steps
+        return codes + ahead, word(keys, w.SD_CODE_BYTES) * CACHED // steps, NEAR
+    return scales + word(keys, w.SD_BLOCK_STRIDE) - number * (stride - stride // 2), stride // 2 // steps, 2 * NEAR
 
 
 @njit(forceinline=True)

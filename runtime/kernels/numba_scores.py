@@ -15,6 +15,7 @@ from .compiling import BARE
 from .numba_blocks import (
     ask_for,
     ask_for_scales,
+    ask_near,
     asked_with_scores,
     asks_early,
     decoded,
@@ -25,6 +26,7 @@ from .numba_blocks import (
 from .numba_codes import Q4
 from .numba_math import word
 from .numba_queries import STEP_BYTES, rounded
+from .numba_ring import bytes_of_32
 from .numba_tiles import dots, dots_f16
 from .simd import dot4_i8, fma, load_u8, read_f32, read_i32, splat_f32, splat_i32, splat_quad, to_f32
 from .words import CACHED, TILE
@@ -68,8 +70,7 @@ def _nibbles(codes):
 def _products(codec, size, codes, asked, x, seen, step, stride):
     """One group's exact products of sixteen tokens and four rows.
 
-    asked: what is asked for with every 32 numbers, from where on and how many bytes, or 0; stride: from a row's step to
-    the next"""
+    asked: see asked_with_scores, 0 bytes for nothing; stride: from a row's step to the next"""
     zero = splat_i32(np.int32(0))
     totals = (
         (splat_i32(read_i32(step, 0)), zero),
@@ -78,7 +79,9 @@ def _products(codec, size, codes, asked, x, seen, step, stride):
         (splat_i32(read_i32(step, 3 * stride)), zero),
     )
     for i in range(0, size, 32):
-        ask_for(asked[0] + i // 32 * asked[1], asked[1])
+        if asked[1]:
+            ask_for(asked[0] + i // 32 * asked[1], asked[1])
+            ask_near(codes + i * TILE + asked[2], bytes_of_32(codec) * TILE)
         v = _nibbles(codes) if codec == Q4 else _signed(codes + i * TILE)
         totals = _four_dots(totals, v, x + i, seen)
     return totals
@@ -108,7 +111,7 @@ def _exact_scores(side, codes, scales, asked, n, quants, steps, start, stop, sco
             a, b, c, d = zero, zero, zero, zero
             for g in range(groups):
                 x, step, at = quants + r * seen + g * size, steps + r * stride + g * STEP_BYTES, codes + g * step_bytes
-                wanted = asked[0] + (j // (TILE * 4) * seen + g * size) // 32 * asked[1], 0 if r else asked[1]
+                wanted = asked[0] + (j // (TILE * 4) * seen + g * size) // 32 * asked[1], 0 if r else asked[1], asked[2]
                 exact = _products(codec, size, at, wanted, x, seen, step, stride)
                 scale = simd.load_f16_as_f32(scales, per_group * g * CACHED * 2)
                 a, b = _add(a, exact[0], scale, step), _add(b, exact[1], scale, step + stride)
