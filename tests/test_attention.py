@@ -162,13 +162,15 @@ def test_int8_activations_round_queries(int8_kernels: Kernels, shape: Shape, cod
         assert np.abs(expected(ring, q, near) - wanted).max() > 1e-3 * np.abs(wanted).max()  # rounding does matter
 
 
-@pytest.mark.parametrize("rank", [40, 64, 128])
-def test_int8_activations_sum_codes_of_values(int8_kernels: Kernels, rank: int) -> None:
+@pytest.mark.parametrize("codec", ["k=f16,v=q8", "q8"])
+@pytest.mark.parametrize("rank", [40, 64, 128, 256, 576])
+def test_int8_activations_sum_codes_of_values(int8_kernels: Kernels, rank: int, codec: str) -> None:
     shape = (9, 3, 64)
     decoders = (None, a_decoder(shape, (rank, None), False, 1))
     for case in ((24, 4, 200, 9), (1300, 4, 1299, 1)):
-        ring, q, near = a_ring(int8_kernels, shape, case, codec="k=f16,v=q8", modules=[KVModule(0, "v", rank)])
-        found, wanted = attend(int8_kernels, ring, q, near, decoders), expected(ring, q, near, decoders)
+        ring, q, near = a_ring(int8_kernels, shape, case, codec=codec, modules=[KVModule(0, "v", rank)])
+        queries = rounded(ring, q, near) if codec == "q8" else (q, near)
+        found, wanted = attend(int8_kernels, ring, q, near, decoders), expected(ring, *queries, decoders)
         assert np.abs(found - wanted).max() <= PROJECTION_ERROR * np.abs(wanted).max()
 
 
@@ -301,9 +303,10 @@ def test_what_memory_held_before_does_not_matter(int8_kernels: Kernels, codec: s
 def test_backends_store_the_same_bits(codec: str, compiled: str) -> None:
     """Numbers of every size, groups of one value, zeros, and numbers too large for float16."""
     rng = np.random.default_rng(5)
-    for shape in SHAPES:
-        rings = [KVRing(config_of(shape), 30, 30, codec=codec) for _ in range(2)]
+    for shape, learned in [*((shape, False) for shape in SHAPES), ((2, 9, 64), True), ((2, 3, 32), True)]:
         width = shape[1] * shape[2]
+        modules = [KVModule(0, "k", width, rope="after"), KVModule(0, "v", width)] if learned else []
+        rings = [KVRing(config_of(shape), 30, 30, codec=codec, modules=modules) for _ in range(2)]
         x = (rng.standard_normal((2, 30, width)) * rng.lognormal(0, 4, (2, 30, 1))).astype(np.float32)
         x[:, 3] = 0
         x[:, 4] = 7.25
