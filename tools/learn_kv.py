@@ -225,7 +225,9 @@ def check(args: argparse.Namespace, model: Model) -> Task:
         layers = None if args.layers is None else kv_fit.parse_layers(args.layers, config.n_layers)
     except ValueError as exc:
         raise UserError(f"--layers {args.layers}: give a number, or layers as in 3,5,8-11 ({exc})") from exc
-    step = min(64, max(1, width // 8))  # the largest power of two in a rank is a group of q8 codes
+    codec = side_codecs(model.new_cache(2).codec)[0 if args.side == "k" else 1]
+    group = Plane(args.side, code_codec(codec, width // 2), 1, width // 2, 1).group
+    step = min(group, 64, max(1, width // 8))  # codes are stored in whole groups
     return Task(model, args.side, width, step, layers, args.rank, args.kv)
 
 
