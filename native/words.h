@@ -26,7 +26,7 @@ enum { JOB_TASK, JOB_ARGUMENTS, JOB_UNITS, JOB_WORDS };
 
 // RoPE and attention; AT_SCALE holds a float32, AT_CLOCK where the ring's clock is.
 enum { CACHED = 128, SPAN = 1024 };  // cached tokens that attention takes at once, and that it sums before it joins sums
-enum { TILE = 16 };  // slots of the ring whose keys lie together
+enum { TILE = 32 };  // slots of the ring whose keys lie together
 enum { ROUNDED = 16 };  // rows times groups of values whose weights are rounded before any is multiplied, if rows are no more
 enum { AT_N, AT_HEADS, AT_KV_HEADS, AT_HEAD_DIM, AT_SLOTS, AT_WINDOW, AT_CLOCK, AT_SCALE };
 enum { AT_Q = 8, AT_Q_SINK, AT_K, AT_V, AT_COS, AT_SIN, AT_COS_SINK, AT_SIN_SINK, AT_OUT };

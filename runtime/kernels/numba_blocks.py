@@ -71,14 +71,14 @@ def asks_early(job, kv_heads, all_rows):
 
 @njit(forceinline=True)
 def asked_with_scores(job, codes, scales, ahead, number, early):
-    """What is asked for with every 32 numbers of a tile of a piece of keys: from where on, how many bytes, and how far
-    ahead codes are asked into the nearest cache.
+    """What is asked for with every 64 bytes of a piece of keys: from where on, how many bytes, and how far ahead codes
+    are asked into the nearest cache.
 
     The same of the piece that is read later; or of the next block's first half. number: of the unit's head"""
     keys = job + w.AT_KEYS * 8
-    stride, steps = word(keys, w.SD_HEAD_STRIDE), word(keys, w.SD_SEEN) // 32 * (CACHED // TILE)
+    stride, steps = word(keys, w.SD_HEAD_STRIDE), CACHED * word(keys, w.SD_CODE_BYTES) // 64
     if not early:
-        return codes + ahead, word(keys, w.SD_CODE_BYTES) * CACHED // steps, NEAR
+        return codes + ahead, 64, NEAR
     return scales + word(keys, w.SD_BLOCK_STRIDE) - number * (stride - stride // 2), stride // 2 // steps, 2 * NEAR
 
 

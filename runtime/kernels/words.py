@@ -7,7 +7,7 @@ from __future__ import annotations
 
 UNIT_ROWS, TOGETHER = 64, 16  # rows of a matrix that a pool unit computes; tokens that one prepares
 CACHED, SPAN = 128, 1024  # cached tokens that attention takes at a time, and that it sums before it joins sums
-TILE = 16  # slots of the ring whose keys lie together
+TILE = 32  # slots of the ring whose keys lie together
 ROUNDED = 16  # rows times groups of values whose weights are rounded before any is multiplied, if rows are no more
 
 # A matrix product (numba_jobs.py): these, then MATRIX words for each matrix.

@@ -42,6 +42,7 @@ from .rounding import LARGEST, hadamard, mirror, mirrored, quantize_q4, quantize
 
 CODECS = ("f32", "f16", "q8", "q4")
 BLOCK = 128  # slots that attention reads at a time; planes have a whole number of such blocks
+TILE = 32  # slots of a block whose keys lie together
 
 
 def base_of(sinks: int) -> int:
@@ -96,11 +97,11 @@ class Plane:
     memory: (nbytes,) uint8, all of it; data: a view of (heads, blocks, bytes)
 
     Bytes lie as integer kernels take them, four to a 32-bit lane and 64 to a register, so that nothing is transposed
-    when it is read. A lane has four bytes of one of sixteen keys, which are multiplied with a query's; or one byte of
+    when it is read. A lane has four bytes of one of 32 keys, which are multiplied with a query's; or one byte of
     each of four values, which are multiplied with four weights. Of values, 32 numbers of all tokens lie together, P
     bytes of each token.
     scales (numbers, BLOCK tokens); codes of f32 and f16 (BLOCK tokens, numbers)
-    of keys (BLOCK / 16, bytes / 4, 16 tokens, 4 bytes); of values (bytes / P, BLOCK / 4, P bytes, 4 tokens)
+    of keys (BLOCK / TILE, bytes / 4, TILE tokens, 4 bytes); of values (bytes / P, BLOCK / 4, P bytes, 4 tokens)
     """
 
     def __init__(
@@ -142,7 +143,7 @@ class Plane:
         if not self.scale_bytes:
             self._codes = codes.reshape(heads, blocks, BLOCK, 1, 1, self.padded)
         elif side == "k":
-            codes = codes.reshape(heads, blocks, BLOCK // 16, self.code_bytes // 4, 16, 4)
+            codes = codes.reshape(heads, blocks, BLOCK // TILE, self.code_bytes // 4, TILE, 4)
             self._codes = codes.transpose(0, 1, 2, 4, 3, 5)
         else:
             per_32 = 32 * self.code_bytes // self.padded

@@ -1,6 +1,6 @@
 """The KV ring's tokens as bytes, and back. Nothing of a ring is touched before all of a state has been checked.
 
-Layout: b"TRITKV6\\n", a line of JSON (the ring's geometry), the used slots of every array, slot by slot for each head,
+Layout: b"TRITKV7\\n", a line of JSON (the ring's geometry), the used slots of every array, slot by slot for each head,
 u32 crc32 of all before.
 A state may come from anyone: whatever is wrong with it is a CacheError.
 """
@@ -23,7 +23,7 @@ from .codecs import base_of, put_rows, rows
 if TYPE_CHECKING:
     from .cache import KVRing
 
-MAGIC = b"TRITKV6\n"
+MAGIC = b"TRITKV7\n"
 MAX_HEAD = 1 << 20
 MAX_LENGTH = 1 << 40  # tokens
 OPTIONS = {"capacity": "n_ctx, -c", "chunk": "n_batch, -b", "codec": "kv, --kv"}  # what a context is asked for with
