@@ -10,13 +10,16 @@ INLINE float *in(float *area, int64_t offset) { return area + offset / 4; }
 // Of a block's tokens those that are seen: from start to before stop.
 typedef struct { int64_t start, stop; } sight;
 
+// How many bytes of keys a unit asks for during each step of a block's sums, in this order of their addresses; and whether
+// they are all heads' of the next block, scales included, or codes of a piece that is read PIECES_AHEAD pieces later.
+typedef struct { int64_t scores, weights, values; int next_block; } key_plan;
+
 // One unit's work: its key-value heads and tokens, rows of one head and of all heads; the span that it is at, and whether
 // that is one of the sinks; the block of it that it is at, the block's slot, of which positions low .. high - 1 are
-// wanted, the tiles that these lie in, and whether every row sees all of the block. early: whether half of the next block's
-// keys are asked for while values are summed, see `asks_early`
+// wanted, the tiles that these lie in, and whether every row sees all of the block
 typedef struct {
     int64_t kv_first, kv_stop, first, tokens, rows, all_rows;
-    int early;
+    key_plan keys;
     int64_t start, stop;
     int sinks, whole;
     int64_t block, slot, low, high;
@@ -42,18 +45,29 @@ INLINE ring_piece find_piece(words side, int64_t kv_head, const task *t) {
 // near: bytes from what is read to what is to come from the second cache into the nearest
 typedef struct { const uint8_t *next; int64_t step, near; } errand;
 
-// With every 64 bytes of a piece of keys: the same of the piece that is read later; or of the next block's first half.
-INLINE errand asked_with_scores(words keys, const ring_piece *x, int64_t kv_head, const task *t) {
-    int64_t number = kv_head - t->kv_first, half = keys[SD_HEAD_STRIDE] / 2, steps = CACHED * keys[SD_CODE_BYTES] / 64;
-    const uint8_t *next = (const uint8_t *)x->scales + keys[SD_BLOCK_STRIDE] - number * (keys[SD_HEAD_STRIDE] - half);
-    return t->early ? (errand){next, half / steps, 2 * NEAR} : (errand){x->codes + x->ahead, 64, NEAR};
+// Where keys begin that a unit asks for during a block.
+INLINE const uint8_t *asked_keys(words keys, const task *t) {
+    ring_piece x = find_piece(keys, t->kv_first, t);
+    return t->keys.next_block ? (const uint8_t *)x.scales + keys[SD_BLOCK_STRIDE] : x.codes + x.ahead;
 }
 
-// With every sum of four rows, four tokens and 32 numbers: a share of the next block's second half.
+// With every 64 bytes of the codes of a head.
+INLINE errand asked_with_scores(words keys, int64_t kv_head, const task *t) {
+    int64_t heads = t->keys.next_block ? keys[SD_HEADS] : 1, share = t->keys.scores / heads;
+    int64_t step = share / (CACHED * keys[SD_CODE_BYTES] / 64), number = heads > 1 ? kv_head - t->kv_first : 0;
+    return (errand){asked_keys(keys, t) + number * share, step, t->keys.next_block ? 2 * NEAR : NEAR};
+}
+
+// With every sixteen weights of some rows.
+INLINE errand asked_with_weights(words keys, const task *t) {
+    return (errand){asked_keys(keys, t) + t->keys.scores, t->keys.weights ? 64 : 0, 0};
+}
+
+// With every sum of four rows, four tokens and 32 numbers.
 INLINE errand asked_with_values(words job, const task *t) {
-    words keys = job + AT_KEYS;
-    int64_t half = keys[SD_BLOCK_STRIDE] / 2, steps = job[AT_VALUES + SD_SEEN] / 32 * t->all_rows / 4 * (CACHED / 4);
-    return (errand){(const uint8_t *)scales_at(keys, t->kv_first, t->slot) + 3 * half, t->early ? half / steps : 0};
+    int64_t steps = job[AT_VALUES + SD_SEEN] / 32 * t->all_rows / 4 * (CACHED / 4);
+    const uint8_t *next = asked_keys(job + AT_KEYS, t) + t->keys.scores + t->keys.weights;
+    return (errand){next, t->keys.values / steps, 0};
 }
 
 // The tokens of a block that a step goes through: all of them is known when the code is compiled.

@@ -10,18 +10,23 @@ INLINE int64_t group_of(words job) { return job[AT_HEADS] / job[AT_KV_HEADS]; }
 // Rows of one key-value head, in fours.
 INLINE int64_t rows_of_tokens(words job, int64_t tokens) { return (tokens * group_of(job) + 3) / 4 * 4; }
 
-// Where heads share values, and one unit has all heads, values are summed for longer than it takes to read them, and keys
-// are read for longer than it takes to multiply them. Half of the keys are then asked for with values, if no step of the
-// sums has to ask for more than 64 bytes.
-INLINE int asks_early(words job, int64_t kv_heads, int64_t all_rows) {
+// Of keys that stay codes, a line is asked for with each sixteen weights. Where one unit has all heads, and they share
+// values, values are summed for longer than it takes to read them, and keys are read for longer than it takes to multiply
+// them: half of the keys are then asked for with values, if no step of the sums has to ask for more than 64 bytes.
+INLINE key_plan plan_keys(words job, int64_t kv_heads, int64_t all_rows) {
     words keys = job + AT_KEYS, values = job + AT_VALUES;
-    int codes = keys[SD_INT8] && values[SD_INT8], all = kv_heads > 1 && kv_heads == keys[SD_HEADS];
-    return codes && all && values[SD_SHARED] && keys[SD_BLOCK_STRIDE] / 2 <= values[SD_SEEN] * all_rows * 16;
+    if (!keys[SD_INT8]) return (key_plan){0, 0, 0, 0};
+    int64_t piece = CACHED * keys[SD_CODE_BYTES], block = keys[SD_BLOCK_STRIDE];
+    int shared = values[SD_INT8] && values[SD_SHARED] && kv_heads > 1 && kv_heads == keys[SD_HEADS];
+    if (shared && block / 2 <= values[SD_SEEN] * all_rows * 16)
+        return (key_plan){block / 2 - all_rows * 512, all_rows * 512, block / 2, 1};
+    int64_t weights = piece >= 4096 ? 2048 : 0;
+    return (key_plan){piece - weights, weights, 0, 0};
 }
 
 INLINE task task_of(words job, int64_t kv_first, int64_t kv_stop, int64_t first, int64_t tokens) {
     int64_t rows = rows_of_tokens(job, tokens), heads = kv_stop - kv_first, all_rows = heads * rows;
-    return (task){kv_first, kv_stop, first, tokens, rows, all_rows, asks_early(job, heads, all_rows), .block = 0};
+    return (task){kv_first, kv_stop, first, tokens, rows, all_rows, plan_keys(job, heads, all_rows), .block = 0};
 }
 
 // Rounded rows and the steps of their groups, from a row on.

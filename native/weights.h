@@ -50,10 +50,11 @@ INLINE f32x16 largest_scores(const float *scores, int whole, sight tokens, sight
     return top;
 }
 
-// One row's weights, and their sum in 16 lanes.
-INLINE f32x16 weights_of_row(float *scores, float top, int whole, sight tokens, sight seen) {
+// One row's weights, and their sum in 16 lanes. e: what is asked for with every sixteen
+INLINE f32x16 weights_of_row(float *scores, float top, int whole, sight tokens, sight seen, errand e) {
     f32x16 total = splat16(0.0f);
     UNROLL for (int64_t i = tokens.start; i < tokens.stop; i += LANES) {
+        if (e.step && i % 16 == 0) ask_for(e.next + i / 16 * e.step, 64);
         vf s = v_exp2(v_load(scores + i) - top);
         if (!whole) s = keep_lanes(s, i, seen, 0.0f);
         v_store(scores + i, s);
@@ -63,8 +64,9 @@ INLINE f32x16 weights_of_row(float *scores, float top, int whole, sight tokens, 
 }
 
 // Turn the scores of a block and four rows into weights, and note what the rows' sums are to be multiplied with.
-// shifts: what is to be added to all scores of a row
-INLINE void weigh_four(words job, float *scores, const float *shifts, row_state state, int64_t r, int whole, const task *t) {
+// shifts: what is to be added to all scores of a row; e: what is asked for with every sixteen weights
+INLINE void weigh_four(words job, float *scores, const float *shifts, row_state state, int64_t r, int whole, errand e,
+                       const task *t) {
     sight tokens = tokens_of_block(whole, t), seen[4];
     f32x16 tops[4];
     UNROLL for (int i = 0; i < 4; i++) {
@@ -80,7 +82,9 @@ INLINE void weigh_four(words job, float *scores, const float *shifts, row_state 
     store4(state.share + r, v_four(share));
     UNROLL for (int i = 0; i < 4; i++) {
         float *sums = state.sums + (r + i) * 16;
-        f32x16 total = weights_of_row(scores + i * CACHED, state.largest[r + i], whole, tokens, seen[i]), past = load16(sums);
+        f32x16 past = load16(sums), total;
+        total = weights_of_row(scores + i * CACHED, state.largest[r + i], whole, tokens, seen[i], e);
+        e.next += CACHED / 16 * e.step;
         total = fma16(total, splat16(state.share[r + i]), mul16(past, splat16(state.keep[r + i])));
         UNROLL for (int p = 0; p < PARTS; p++) v_store(sums + p * LANES, total.v[p]);
     }
@@ -89,11 +93,13 @@ INLINE void weigh_four(words job, float *scores, const float *shifts, row_state 
 // Turn the scores of a block into weights.
 static void weigh_up(words job, float *area, const float *shifts, const task *t) {
     row_state state = state_of(job, area, t->all_rows);
-    for (int64_t r = 0; r < t->all_rows; r += 4) {
+    errand e = asked_with_weights(job + AT_KEYS, t);
+    for (int64_t r = 0; r < t->all_rows; r += 4, e.next += 4 * CACHED / 16 * e.step) {
+        if (r * 512 >= t->keys.weights) e.step = 0;
         float *scores = in(area, job[AT_SCORES]) + r * CACHED;
         if (t->whole)
-            weigh_four(job, scores, shifts, state, r, 1, t);
+            weigh_four(job, scores, shifts, state, r, 1, e, t);
         else
-            weigh_four(job, scores, shifts, state, r, 0, t);
+            weigh_four(job, scores, shifts, state, r, 0, e, t);
     }
 }

@@ -58,7 +58,7 @@ def _span(job, area, queries, result, kv_first, kv_stop, first, tokens, sinks, s
         for k in range(key_sets):
             n, kv_head = all_rows // key_sets, kv_first + k
             score(job, area, queries, near, all_rows, k * rows, n, kv_head, kv_heads, sight)
-        weigh_up(job, area, shifts, all_rows, sight)
+        weigh_up(job, area, shifts, all_rows, kv_heads, sight)
         for k in range(value_sets):
             n, kv_head = all_rows // value_sets, kv_first + k
             add_values(job, area, result, k * rows, n, all_rows, kv_head, kv_heads, sight)

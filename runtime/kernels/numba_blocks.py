@@ -56,40 +56,60 @@ def ask_for_scales(side, scales):
 
 
 @njit(forceinline=True)
-def asks_early(job, kv_heads, all_rows):
-    """Whether half of the next block's keys are asked for while values are summed.
+def plan_keys(job, kv_heads, all_rows):
+    """How many bytes of keys a unit asks for during each step of a block's sums: scores, weights, and values.
 
-    Where heads share values, and one unit has all heads, values are summed for longer than it takes to read them, and
-    keys are read for longer than it takes to multiply them. No step of the sums may have to ask for more than 64 bytes.
-    kv_heads: first and end of the unit's
-    """
+    They follow each other in memory. The last number is whether they are all heads' of the next block, scales included,
+    or codes of a piece that is read PIECES_AHEAD pieces later. kv_heads: first and end of the unit's
+
+    Of keys that stay codes, a line is asked for with each sixteen weights. Where one unit has all heads, and they share
+    values, values are summed for longer than it takes to read them, and keys are read for longer than it takes to
+    multiply them: half of the keys are then asked for with values, if no step of the sums has to ask for more than
+    64 bytes."""
     keys, values, heads = job + w.AT_KEYS * 8, job + w.AT_VALUES * 8, kv_heads[1] - kv_heads[0]
-    codes = word(keys, w.SD_INT8) and word(values, w.SD_INT8) and word(values, w.SD_SHARED)
-    few = word(keys, w.SD_BLOCK_STRIDE) // 2 <= word(values, w.SD_SEEN) * all_rows * 16
-    return codes and heads > 1 and heads == word(keys, w.SD_HEADS) and few
+    piece, whole = CACHED * word(keys, w.SD_CODE_BYTES), word(keys, w.SD_BLOCK_STRIDE)
+    if not word(keys, w.SD_INT8):
+        return 0, 0, 0, False
+    shared = word(values, w.SD_INT8) and word(values, w.SD_SHARED) and heads > 1 and heads == word(keys, w.SD_HEADS)
+    if shared and whole // 2 <= word(values, w.SD_SEEN) * all_rows * 16:
+        return whole // 2 - all_rows * 512, all_rows * 512, whole // 2, True
+    weights = 2048 if piece >= 4096 else 0
+    return piece - weights, weights, 0, False
 
 
 @njit(forceinline=True)
-def asked_with_scores(job, codes, scales, ahead, number, early):
-    """What is asked for with every 64 bytes of a piece of keys: from where on, how many bytes, and how far ahead codes
-    are asked into the nearest cache.
-
-    The same of the piece that is read later; or of the next block's first half. number: of the unit's head"""
+def _asked_keys(job, kv_heads, block, next_block):
+    """Where keys begin that a unit asks for during a block."""
     keys = job + w.AT_KEYS * 8
-    stride, steps = word(keys, w.SD_HEAD_STRIDE), CACHED * word(keys, w.SD_CODE_BYTES) // 64
-    if not early:
-        return codes + ahead, 64, NEAR
-    return scales + word(keys, w.SD_BLOCK_STRIDE) - number * (stride - stride // 2), stride // 2 // steps, 2 * NEAR
+    codes, scales, ahead = find(job, keys, kv_heads[0], kv_heads, block)
+    return scales + word(keys, w.SD_BLOCK_STRIDE) if next_block else codes + ahead
 
 
 @njit(forceinline=True)
-def asked_with_values(job, kv_head, block, all_rows, early):
-    """What is asked for with every sum of four rows, four tokens and 32 numbers: from where on, and how many bytes.
+def asked_with_scores(job, kv_head, kv_heads, block, all_rows):
+    """What is asked for with every 64 bytes of the codes of a head: from where on, how many bytes, and how far ahead
+    codes are asked into the nearest cache."""
+    keys, (scores, _, _, next_block) = job + w.AT_KEYS * 8, plan_keys(job, kv_heads, all_rows)
+    share = scores // (word(keys, w.SD_HEADS) if next_block else 1)
+    step, start = share // (CACHED * word(keys, w.SD_CODE_BYTES) // 64), _asked_keys(job, kv_heads, block, next_block)
+    if next_block:
+        return start + (kv_head - kv_heads[0]) * share, step, 2 * NEAR
+    return start, step, NEAR
 
-    A share of the next block's second half of keys, or 0 bytes. kv_head: the unit's first"""
-    keys, seen = job + w.AT_KEYS * 8, word(job + w.AT_VALUES * 8, w.SD_SEEN)
-    half, steps = word(keys, w.SD_BLOCK_STRIDE) // 2, seen // 32 * all_rows // 4 * (CACHED // 4)
-    return scales_at(keys, kv_head, slot_of(job, block)) + 3 * half, half // steps if early else 0
+
+@njit(forceinline=True)
+def asked_with_weights(job, kv_heads, block, all_rows):
+    """What is asked for with every sixteen weights, 64 bytes: from where on, and with those of how many rows."""
+    scores, weights, _, next_block = plan_keys(job, kv_heads, all_rows)
+    return _asked_keys(job, kv_heads, block, next_block) + scores, weights // 512
+
+
+@njit(forceinline=True)
+def asked_with_values(job, kv_heads, block, all_rows):
+    """What is asked for with every sum of four rows, four tokens and 32 numbers: from where on, and how many bytes."""
+    scores, weights, values, next_block = plan_keys(job, kv_heads, all_rows)
+    steps = word(job + w.AT_VALUES * 8, w.SD_SEEN) // 32 * all_rows // 4 * (CACHED // 4)
+    return _asked_keys(job, kv_heads, block, next_block) + scores + weights, values // steps
 
 
 @njit(forceinline=True)

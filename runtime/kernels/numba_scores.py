@@ -15,10 +15,10 @@ from .compiling import BARE
 from .numba_blocks import (
     ask_for_scales,
     asked_with_scores,
-    asks_early,
     decoded,
     find,
     is_direct,
+    plan_keys,
     tiles_of,
 )
 from .numba_codes import Q4, Q8
@@ -141,9 +141,8 @@ def score(job, area, queries, near, all_rows, at, n, kv_head, kv_heads, sight):
     scores = area + word(job, w.AT_SCORES) + at * CACHED * 4
     if word(keys, w.SD_INT8):
         codes, scales, ahead = find(job, keys, kv_head, kv_heads, block)
-        number, early = kv_head - kv_heads[0], asks_early(job, kv_heads, all_rows)
-        asked = asked_with_scores(job, codes, scales, ahead, number, early)
-        if not early:
+        asked = asked_with_scores(job, kv_head, kv_heads, block, all_rows)
+        if not plan_keys(job, kv_heads, all_rows)[3]:
             ask_for_scales(keys, scales + ahead)
         quants, steps = rounded(job, queries, (all_rows if near else 0) + at)
         start, stop = tiles_of(sight)

@@ -17,7 +17,6 @@ from .numba_blocks import (
     ask_for,
     ask_for_scales,
     asked_with_values,
-    asks_early,
     decoded,
     find,
     is_direct,
@@ -274,8 +273,7 @@ def add_values(job, area, result, at, n, all_rows, kv_head, kv_heads, sight):
     _, _, _, block, low, high = sight
     if word(side, w.SD_INT8):
         codes, scales, ahead = find(job, side, kv_head, kv_heads, block)
-        early = asks_early(job, kv_heads, all_rows)
-        asked = asked_with_values(job, kv_heads[0], block, all_rows, early)
+        asked = asked_with_values(job, kv_heads, block, all_rows)
         _add_codes(job, area, result, codes, scales, ahead, asked, at, n, all_rows, sight)
         return
     weights, out = area + word(job, w.AT_SCORES) + at * CACHED * 4, result + at * width * 4

@@ -12,12 +12,12 @@ from numba import njit
 from . import simd
 from . import words as w
 from .compiling import BARE
-from .numba_blocks import tiles_of
+from .numba_blocks import asked_with_weights, tiles_of
 from .numba_math import exp2, word
 from .numba_queries import rows_of
 from .numba_ring import clock
 from .simd import fma, load_f32, read_f32, splat_f32, store_f32, write_f32
-from .simd_tiles import keep_lanes
+from .simd_tiles import keep_lanes, prefetch_far
 from .words import CACHED
 
 NOTHING = np.float32(-3.0e38)  # the score of what is not seen; finite, so that differences are numbers
@@ -69,7 +69,7 @@ def sees_all(job, sight):
 
 
 @njit(**BARE)
-def weigh_up(job, area, shifts, all_rows, sight):
+def weigh_up(job, area, shifts, all_rows, kv_heads, sight):
     """Turn scores of a block into weights, and note what all rows' sums are to be multiplied with.
 
     shifts: what is to be added to all scores of a row"""
@@ -79,6 +79,7 @@ def weigh_up(job, area, shifts, all_rows, sight):
     sums = state_of(job, area, all_rows, 4)
     whole, start, stop = sees_all(job, sight), 0, CACHED
     first, end = tiles_of(sight)
+    asked, asking_rows = asked_with_weights(job, kv_heads, sight[3], all_rows)
     for r in range(all_rows):
         if not whole:
             start, stop = sight_of(job, r, rows, sight)
@@ -101,6 +102,8 @@ def weigh_up(job, area, shifts, all_rows, sight):
         top, total = splat_f32(read_f32(largest, r * 4)), splat_f32(np.float32(0.0))
         for i in range(first, end, 16):
             at = (r * CACHED + i) * 4
+            if r < asking_rows:
+                prefetch_far(asked, at)
             s = exp2(load_f32(scores, at) - top)
             if not whole:
                 s = keep_lanes(s, start - i, stop - i, np.float32(0.0))
