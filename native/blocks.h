@@ -11,7 +11,7 @@ INLINE float *in(float *area, int64_t offset) { return area + offset / 4; }
 typedef struct { int64_t start, stop; } sight;
 
 // How many bytes of keys a unit asks for during each step of a block's sums, in this order of their addresses; and whether
-// they are all heads' of the next block, scales included, or codes of a piece that is read PIECES_AHEAD pieces later.
+// they are all heads' of the next block, or of a piece that is read PIECES_AHEAD pieces later; scales and codes.
 typedef struct { int64_t scores, weights, values; int next_block; } key_plan;
 
 // One unit's work: its key-value heads and tokens, rows of one head and of all heads; the span that it is at, and whether
@@ -48,7 +48,7 @@ typedef struct { const uint8_t *next; int64_t step, near; } errand;
 // Where keys begin that a unit asks for during a block.
 INLINE const uint8_t *asked_keys(words keys, const task *t) {
     ring_piece x = find_piece(keys, t->kv_first, t);
-    return t->keys.next_block ? (const uint8_t *)x.scales + keys[SD_BLOCK_STRIDE] : x.codes + x.ahead;
+    return (const uint8_t *)x.scales + (t->keys.next_block ? keys[SD_BLOCK_STRIDE] : x.ahead);
 }
 
 // With every 64 bytes of the codes of a head.
@@ -80,11 +80,6 @@ INLINE vf keep_lanes(vf x, int64_t lane, sight seen, float other) {
     vi number = v_load_i32(numbers) + (int32_t)lane;
     vi inside = (vi)(number >= (int32_t)seen.start) & (vi)(number < (int32_t)seen.stop);
     return (vf)((inside & (vi)x) | (~inside & (vi)v_splat(other)));
-}
-
-// Ask for the scales of the piece that is to be read later.
-INLINE void ask_for_scales(words side, const ring_piece *x) {
-    ask_for((const char *)x->scales + x->ahead, side[SD_SCALE_BYTES] * CACHED);
 }
 
 // ==== Decoded ====

@@ -16,12 +16,11 @@ INLINE int64_t rows_of_tokens(words job, int64_t tokens) { return (tokens * grou
 INLINE key_plan plan_keys(words job, int64_t kv_heads, int64_t all_rows) {
     words keys = job + AT_KEYS, values = job + AT_VALUES;
     if (!keys[SD_INT8]) return (key_plan){0, 0, 0, 0};
-    int64_t piece = CACHED * keys[SD_CODE_BYTES], block = keys[SD_BLOCK_STRIDE];
+    int64_t piece = CACHED * (keys[SD_SCALE_BYTES] + keys[SD_CODE_BYTES]), block = keys[SD_BLOCK_STRIDE];
     int shared = values[SD_INT8] && values[SD_SHARED] && kv_heads > 1 && kv_heads == keys[SD_HEADS];
     if (shared && block / 2 <= values[SD_SEEN] * all_rows * 16)
         return (key_plan){block / 2 - all_rows * 512, all_rows * 512, block / 2, 1};
-    int64_t weights = piece >= 4096 ? 2048 : 0;
-    return (key_plan){piece - weights, weights, 0, 0};
+    return (key_plan){piece - 2048, 2048, 0, 0};
 }
 
 INLINE task task_of(words job, int64_t kv_first, int64_t kv_stop, int64_t first, int64_t tokens) {

@@ -94,7 +94,6 @@ static void score(words job, float *area, float *queries, int near, int64_t r, i
     if (keys[SD_INT8]) {
         ring_piece x = find_piece(keys, kv_head, t);
         int64_t row = (near ? t->all_rows : 0) + r;
-        if (!t->keys.next_block) ask_for_scales(keys, &x);
         errand e = asked_with_scores(keys, kv_head, t);
         exact_scores(keys, &x, n, row_quants(job, queries, row), row_steps(job, queries, row), t->tiles, e, scores);
         return;

@@ -133,6 +133,7 @@ INLINE void add_codes_of(form f, words job, float *area, const ring_piece *x, in
                          const task *t) {
     words side = job + AT_VALUES;
     int64_t width = side[SD_SEEN], size = side[SD_GROUP], groups = width / size, together = max_of(1, ROUNDED / n);
+    int64_t per_group = CACHED * (f.codec == RING_Q4 ? 2 : 1);  // scales, and bases
     int8_t *planes = (int8_t *)in(area, job[AT_PLANES]);
     float *worth = in(area, job[AT_WORTH]);
     lift *lifts = (lift *)in(area, job[AT_LIFTS]);
@@ -146,6 +147,7 @@ INLINE void add_codes_of(form f, words job, float *area, const ring_piece *x, in
         }
         for (int64_t g = start; g < stop; g++) {
             int64_t at = (g - start) * n;
+            if (x->ahead) ask_for((const char *)(x->scales + g * per_group) + x->ahead, 2 * per_group);
             round_group(f, job, area, x->scales, g, lifts[g - start], first, n, planes + at * PLANES, worth + at, t);
         }
         for (int64_t d = start * size; d < stop * size; d += 32) {
@@ -164,7 +166,6 @@ INLINE void add_codes_of(form f, words job, float *area, const ring_piece *x, in
 
 static void add_codes(words job, float *area, const ring_piece *x, int64_t first, int64_t n, float *out, const task *t) {
     words side = job + AT_VALUES;
-    ask_for_scales(side, x);
     if (has_bases(side) && t->whole)
         add_codes_of((form){RING_Q4, 0, 1}, job, area, x, first, n, out, t);
     else if (has_bases(side))

@@ -50,39 +50,33 @@ def ask_near(address, count):
 
 
 @njit(forceinline=True)
-def ask_for_scales(side, scales):
-    """Ask for the scales of a piece that will be read soon."""
-    ask_for(scales, word(side, w.SD_SCALE_BYTES) * CACHED)
-
-
-@njit(forceinline=True)
 def plan_keys(job, kv_heads, all_rows):
     """How many bytes of keys a unit asks for during each step of a block's sums: scores, weights, and values.
 
-    They follow each other in memory. The last number is whether they are all heads' of the next block, scales included,
-    or codes of a piece that is read PIECES_AHEAD pieces later. kv_heads: first and end of the unit's
+    They follow each other in memory. The last number is whether they are all heads' of the next block, or of a piece
+    that is read PIECES_AHEAD pieces later; scales and codes. kv_heads: first and end of the unit's
 
     Of keys that stay codes, a line is asked for with each sixteen weights. Where one unit has all heads, and they share
     values, values are summed for longer than it takes to read them, and keys are read for longer than it takes to
     multiply them: half of the keys are then asked for with values, if no step of the sums has to ask for more than
     64 bytes."""
     keys, values, heads = job + w.AT_KEYS * 8, job + w.AT_VALUES * 8, kv_heads[1] - kv_heads[0]
-    piece, whole = CACHED * word(keys, w.SD_CODE_BYTES), word(keys, w.SD_BLOCK_STRIDE)
     if not word(keys, w.SD_INT8):
         return 0, 0, 0, False
+    piece = CACHED * (word(keys, w.SD_SCALE_BYTES) + word(keys, w.SD_CODE_BYTES))
+    whole = word(keys, w.SD_BLOCK_STRIDE)
     shared = word(values, w.SD_INT8) and word(values, w.SD_SHARED) and heads > 1 and heads == word(keys, w.SD_HEADS)
     if shared and whole // 2 <= word(values, w.SD_SEEN) * all_rows * 16:
         return whole // 2 - all_rows * 512, all_rows * 512, whole // 2, True
-    weights = 2048 if piece >= 4096 else 0
-    return piece - weights, weights, 0, False
+    return piece - 2048, 2048, 0, False
 
 
 @njit(forceinline=True)
 def _asked_keys(job, kv_heads, block, next_block):
     """Where keys begin that a unit asks for during a block."""
     keys = job + w.AT_KEYS * 8
-    codes, scales, ahead = find(job, keys, kv_heads[0], kv_heads, block)
-    return scales + word(keys, w.SD_BLOCK_STRIDE) if next_block else codes + ahead
+    _, scales, ahead = find(job, keys, kv_heads[0], kv_heads, block)
+    return scales + (word(keys, w.SD_BLOCK_STRIDE) if next_block else ahead)
 
 
 @njit(forceinline=True)

@@ -12,15 +12,7 @@ from numba import njit
 from . import simd
 from . import words as w
 from .compiling import BARE
-from .numba_blocks import (
-    ask_for_scales,
-    asked_with_scores,
-    decoded,
-    find,
-    is_direct,
-    plan_keys,
-    tiles_of,
-)
+from .numba_blocks import asked_with_scores, decoded, find, is_direct, tiles_of
 from .numba_codes import Q4, Q8
 from .numba_math import word
 from .numba_queries import STEP_BYTES, rounded
@@ -140,10 +132,8 @@ def score(job, area, queries, near, all_rows, at, n, kv_head, kv_heads, sight):
     width, (_, _, _, block, low, high) = word(keys, w.SD_SEEN), sight
     scores = area + word(job, w.AT_SCORES) + at * CACHED * 4
     if word(keys, w.SD_INT8):
-        codes, scales, ahead = find(job, keys, kv_head, kv_heads, block)
+        codes, scales, _ = find(job, keys, kv_head, kv_heads, block)
         asked = asked_with_scores(job, kv_head, kv_heads, block, all_rows)
-        if not plan_keys(job, kv_heads, all_rows)[3]:
-            ask_for_scales(keys, scales + ahead)
         quants, steps = rounded(job, queries, (all_rows if near else 0) + at)
         start, stop = tiles_of(sight)
         _exact_scores(keys, codes, scales, asked, n, quants, steps, start, stop, scores)

@@ -15,7 +15,6 @@ from . import words as w
 from .compiling import BARE
 from .numba_blocks import (
     ask_for,
-    ask_for_scales,
     asked_with_values,
     decoded,
     find,
@@ -244,7 +243,6 @@ def _add_codes(job, area, result, codes, scales, ahead, asked, first, n, all_row
     lifts = area + word(job, w.AT_LIFTS)
     keep, groups, together = state_of(job, area, all_rows, 2) + first * 4, width // size, max(1, w.ROUNDED // n)
     start, stop = tiles_of(sight)
-    ask_for_scales(side, scales + ahead)
     for begin in range(0, groups, together):
         end = min(begin + together, groups)
         for g in range(begin, end):
@@ -253,6 +251,9 @@ def _add_codes(job, area, result, codes, scales, ahead, asked, first, n, all_row
             write_f32(lifts, (g - begin) * 8, factor)
             write_f32(lifts, (g - begin) * 8 + 4, unit)
         for g in range(begin, end):
+            group = scales + g * per_group * CACHED * 2
+            if ahead:
+                ask_for(group + ahead, per_group * CACHED * 2)
             at, lift = (g - begin) * n, (read_f32(lifts, (g - begin) * 8), read_f32(lifts, (g - begin) * 8 + 4))
             to, unit = planes + at * PLANES, worth + at * 4
             _round_group(job, area, scales, g, lift, first, n, all_rows, to, unit, sight)
