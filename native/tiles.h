@@ -29,6 +29,35 @@ INLINE v4f sum_four(const f32x16 x[4]) {
     return PICK(low, high, 0, 2, 4, 6) + PICK(low, high, 1, 3, 5, 7);
 }
 
+// The sums of four rows of four vectors.
+INLINE void sum_sixteen(const f32x16 x[4][4], float *out, int64_t stride) {
+#if LANES == 16
+    vf halves[4][2], quarters[4], pairs[2];
+    UNROLL for (int r = 0; r < 4; r++)
+        UNROLL for (int c = 0; c < 2; c++) {
+            vf a = x[r][2 * c].v[0], b = x[r][2 * c + 1].v[0];
+            halves[r][c] = v_quarters(a, b, 0, 1, 0, 1) + v_quarters(a, b, 2, 3, 2, 3);
+        }
+    UNROLL for (int r = 0; r < 4; r++)
+        quarters[r] = v_quarters(halves[r][0], halves[r][1], 0, 2, 0, 2) + v_quarters(halves[r][0], halves[r][1], 1, 3, 1, 3);
+    UNROLL for (int i = 0; i < 2; i++) {
+        vf a = quarters[2 * i], b = quarters[2 * i + 1];
+        pairs[i] = v_of_quarters(a, b, 0, 1, 0, 1) + v_of_quarters(a, b, 2, 3, 2, 3);
+    }
+    vf sums = v_of_quarters(pairs[0], pairs[1], 0, 2, 0, 2) + v_of_quarters(pairs[0], pairs[1], 1, 3, 1, 3);
+    sums = v_transposed(sums);
+    UNROLL for (int r = 0; r < 4; r++) {
+        v4f four = v_quarter(&sums, r);
+        memcpy(out + r * stride, &four, sizeof four);
+    }
+#else
+    UNROLL for (int r = 0; r < 4; r++) {
+        v4f four = sum_four(x[r]);
+        memcpy(out + r * stride, &four, sizeof four);
+    }
+#endif
+}
+
 // ahead: of halves, bytes from a vector to the one that is asked for meanwhile
 INLINE void dots_of(int size, const float *a, int64_t a_stride, int64_t rows, const void *b, int64_t ahead,
                     int64_t b_stride, int64_t first, int64_t stop, int64_t width, float *out, int64_t out_stride) {
@@ -51,10 +80,7 @@ INLINE void dots_of(int size, const float *a, int64_t a_stride, int64_t rows, co
                     UNROLL for (int r = 0; r < 4; r++)
                         UNROLL for (int k = 0; k < ACROSS; k++) sums[r][c + k].v[p] = s[r][k];
                 }
-            UNROLL for (int r = 0; r < 4; r++) {
-                v4f four = sum_four(sums[r]);
-                memcpy(out + (i + r) * out_stride + j, &four, sizeof four);
-            }
+            sum_sixteen(sums, out + i * out_stride + j, out_stride);
         }
     }
 }

@@ -35,6 +35,10 @@ typedef float v4f __attribute__((vector_size(16)));
 #define v_of_four(x) ((vf)_mm512_broadcast_f32x4((__m128)(x)))
 #define v_four(x) ((v4f)_mm512_castps512_ps128(x))
 #define v4_max(x, y) ((v4f)_mm_max_ps(x, y))
+#define v_quarters(x, y, a, b, c, d) ((vf)_mm512_shuffle_f32x4(x, y, (a) | (b) << 2 | (c) << 4 | (d) << 6))
+#define v_of_quarters(x, y, a, b, c, d) ((vf)_mm512_shuffle_ps(x, y, (a) | (b) << 2 | (c) << 4 | (d) << 6))
+#define v_transposed(x) \
+    ((vf)_mm512_permutexvar_ps(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), x))
 #define v_quarter(x, i) ((v4f)_mm512_extractf32x4_ps((x)[0], i))
 
 static inline vi v_load_nibbles(const uint8_t *p) {
