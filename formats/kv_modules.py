@@ -84,14 +84,18 @@ def module_tensors(modules: Iterable[KVModule], config: Mapping[str, Any]) -> di
     return {name: shape for module in modules for name, shape in module.shapes(width).items()}
 
 
+def describe_form(m: KVModule) -> str:
+    """Say what a module keeps of its vectors, and how they are decoded."""
+    of = "keys" if m.side == "k" else "values"
+    of += f" of rank {m.rank}, " + (f"encoded {m.rope} RoPE, " if m.rope else "")
+    return of + ("decoded linearly" if m.hidden is None else f"decoded through {m.hidden} {m.activation}")
+
+
 def describe_modules(modules: Iterable[KVModule]) -> list[str]:
     """Say in a line for each form which layers have it."""
     forms: dict[str, list[str]] = {}
     for m in sorted(modules, key=lambda m: (m.side, m.layer)):
-        form = "keys" if m.side == "k" else "values"
-        form += f" of rank {m.rank}, " + (f"encoded {m.rope} RoPE, " if m.rope else "")
-        form += "decoded linearly" if m.hidden is None else f"decoded through {m.hidden} {m.activation}"
-        forms.setdefault(form, []).append(str(m.layer))
+        forms.setdefault(describe_form(m), []).append(str(m.layer))
     return [f"{form}: layers {', '.join(layers)}" for form, layers in forms.items()]
 
 

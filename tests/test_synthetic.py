@@ -38,6 +38,11 @@ def test_every_form_is_kept_without_loss(form: str, tmp_path: Path) -> None:
         assert {tensor.dtype for tensor in open_folder(tmp_path / "source")[0].values()} == {form.upper()}
 
 
+def test_a_rank_for_learned_values(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "source", "tiny", "f16", kv_modules="v", kv_rank=24)
+    assert open_source(tmp_path / "source").kv_modules == [KVModule(1, "v", 24)]
+
+
 @pytest.mark.parametrize("modules", KV_FORMS)
 def test_learned_kv_modules_are_found_and_kept(modules: str, tmp_path: Path) -> None:
     make_checkpoint(tmp_path / "source", "tiny", "nf4", kv_modules=modules)
@@ -87,6 +92,10 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(args) == 2
     assert "exists" in capsys.readouterr().err
     assert main(["--shape", "tiny", "-o", out + "2", "--form", "q4"]) == 2
+    capsys.readouterr()
+    for wrong, said in ((["--kv-rank", "8"], "--kv-modules v"), (["--kv-modules", "v", "--kv-rank", "80"], "80 values")):
+        assert main(["--shape", "tiny", "-o", out + "2", *wrong]) == 2 and not Path(out + "2").exists()
+        assert said in capsys.readouterr().err
 
 
 def test_failures_leave_nothing(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ COMMANDS = {
     "make_checkpoint": ("tools.make_checkpoint", "write a checkpoint of true size with random weights"),
     "warmup": ("runtime.warmup", "compile and test the kernels now"),
     "bench": ("tools.bench", "measure the speed of a model"),
+    "attention": ("tools.attention", "time attention in one layer, deep in a context"),
 }
 HELP = frozenset({"-h", "--help", "help"})
 

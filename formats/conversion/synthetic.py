@@ -72,11 +72,13 @@ def make_checkpoint(
     encode: Encode = encode_reference,
     progress: Progress | None = None,
     shard_bytes: int = SHARD_BYTES,
+    kv_rank: int | None = None,
 ) -> None:
     """Write a Hugging Face folder; it must not exist, and nothing is left of it if the writing fails.
 
     shape, form: keys of SHAPES, one of FORMS; layers: instead of the shape's own number
     tokenizer: a folder whose tokenizer files are copied; kv_modules: one of KV_FORMS, in float16 always
+    kv_rank: numbers that linear ones keep of a token's values, below their width; half of it if None
 
     Raises OSError.
     """
@@ -100,18 +102,19 @@ def make_checkpoint(
         config = config_from_hf(raw, folder / "config.json")
         (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
         pieces = [p for name, size in expected_tensors(config).items() for p in _tensor(name, size, form, seed, encode)]
-        pieces += _kv_pieces(kv_modules, config, seed) if kv_modules is not None else []
+        pieces += _kv_pieces(kv_modules, config, kv_rank, seed) if kv_modules is not None else []
         write_folder(folder, pieces, shard_bytes, progress, in_order=True)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
 
 
-def _kv_pieces(form: str, config: dict[str, Any], seed: int) -> list[Piece]:
+def _kv_pieces(form: str, config: dict[str, Any], rank: int | None, seed: int) -> list[Piece]:
     """Describe the tensors of KV modules, of the second half of the layers."""
     layers = range(config["n_layers"] // 2, config["n_layers"])
     both: dict[str, Any] = {"rank": 4, "hidden": 128, "activation": "gelu"}
-    modules = [KVModule(i, "v", **both if form == "k+v" else {"rank": kv_width(config) // 2}) for i in layers]
+    linear = {"rank": rank or kv_width(config) // 2}
+    modules = [KVModule(i, "v", **both if form == "k+v" else linear) for i in layers]
     modules += [KVModule(i, "k", rope="before", **both) for i in layers if form == "k+v"]
     shapes = module_tensors(modules, config)
     rows = {name: random_rows(name, shape, seed) for name, shape in shapes.items()}
