@@ -93,7 +93,8 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "exists" in capsys.readouterr().err
     assert main(["--shape", "tiny", "-o", out + "2", "--form", "q4"]) == 2
     capsys.readouterr()
-    for wrong, said in ((["--kv-rank", "8"], "--kv-modules v"), (["--kv-modules", "v", "--kv-rank", "80"], "80 values")):
+    refused = (["--kv-rank", "8"], "--kv-modules v"), (["--kv-modules", "v", "--kv-rank", "80"], "80 values")
+    for wrong, said in refused:
         assert main(["--shape", "tiny", "-o", out + "2", *wrong]) == 2 and not Path(out + "2").exists()
         assert said in capsys.readouterr().err
 
