@@ -14,6 +14,8 @@ typedef struct { int64_t start, stop; } sight;
 // they are all heads' of the next block, or of a piece that is read PIECES_AHEAD pieces later; scales and codes.
 typedef struct { int64_t scores, weights, values; int next_block; } key_plan;
 
+enum { PER_FOUR = 4 * CACHED / 16 * 64 };  // bytes that are asked for with the weights of four rows
+
 // One unit's work: its key-value heads and tokens, rows of one head and of all heads; the span that it is at, and whether
 // that is one of the sinks; the block of it that it is at, the block's slot, of which positions low .. high - 1 are
 // wanted, the tiles that these lie in, and whether every row sees all of the block

@@ -10,17 +10,17 @@ INLINE int64_t group_of(words job) { return job[AT_HEADS] / job[AT_KV_HEADS]; }
 // Rows of one key-value head, in fours.
 INLINE int64_t rows_of_tokens(words job, int64_t tokens) { return (tokens * group_of(job) + 3) / 4 * 4; }
 
-// Of keys that stay codes, a line is asked for with each sixteen weights. Where one unit has all heads, and they share
-// values, values are summed for longer than it takes to read them, and keys are read for longer than it takes to multiply
-// them: half of the keys are then asked for with values, if no step of the sums has to ask for more than 64 bytes.
+// Of keys that stay codes, a line is asked for with each sixteen weights, the others with scores. Where one unit has all
+// heads, and they share values, values are summed for longer than it takes to read them, and keys are read for longer
+// than it takes to multiply them: half of the keys are then asked for with values, or less, 64 bytes with each step.
 INLINE key_plan plan_keys(words job, int64_t kv_heads, int64_t all_rows) {
     words keys = job + AT_KEYS, values = job + AT_VALUES;
     if (!keys[SD_INT8]) return (key_plan){0, 0, 0, 0};
     int64_t piece = CACHED * (keys[SD_SCALE_BYTES] + keys[SD_CODE_BYTES]), block = keys[SD_BLOCK_STRIDE];
-    int shared = values[SD_INT8] && values[SD_SHARED] && kv_heads > 1 && kv_heads == keys[SD_HEADS];
-    if (shared && block / 2 <= values[SD_SEEN] * all_rows * 16)
-        return (key_plan){block / 2 - all_rows * 512, all_rows * 512, block / 2, 1};
-    return (key_plan){piece - 2048, 2048, 0, 0};
+    if (kv_heads == 1 || kv_heads != keys[SD_HEADS]) return (key_plan){piece - PER_FOUR, PER_FOUR, 0, 0};
+    int64_t weights = min_of(all_rows / 4, block / 4 / PER_FOUR) * PER_FOUR, with_values = 0;
+    if (values[SD_INT8] && values[SD_SHARED]) with_values = min_of(block / 2, values[SD_SEEN] * all_rows * 16);
+    return (key_plan){block - weights - with_values, weights, with_values, 1};
 }
 
 INLINE task task_of(words job, int64_t kv_first, int64_t kv_stop, int64_t first, int64_t tokens) {

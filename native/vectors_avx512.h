@@ -35,6 +35,7 @@ typedef float v4f __attribute__((vector_size(16)));
 #define v_of_four(x) ((vf)_mm512_broadcast_f32x4((__m128)(x)))
 #define v_four(x) ((v4f)_mm512_castps512_ps128(x))
 #define v4_max(x, y) ((v4f)_mm_max_ps(x, y))
+// For sixteen lanes alone: quarters a and b of x, c and d of y; lanes of each quarter; quarters and lanes exchanged.
 #define v_quarters(x, y, a, b, c, d) ((vf)_mm512_shuffle_f32x4(x, y, (a) | (b) << 2 | (c) << 4 | (d) << 6))
 #define v_of_quarters(x, y, a, b, c, d) ((vf)_mm512_shuffle_ps(x, y, (a) | (b) << 2 | (c) << 4 | (d) << 6))
 #define v_transposed(x) \

@@ -94,8 +94,8 @@ INLINE void weigh_four(words job, float *scores, const float *shifts, row_state 
 static void weigh_up(words job, float *area, const float *shifts, const task *t) {
     row_state state = state_of(job, area, t->all_rows);
     errand e = asked_with_weights(job + AT_KEYS, t);
-    for (int64_t r = 0; r < t->all_rows; r += 4, e.next += 4 * CACHED / 16 * e.step) {
-        if (r * 512 >= t->keys.weights) e.step = 0;
+    for (int64_t r = 0; r < t->all_rows; r += 4, e.next += PER_FOUR) {
+        if (r / 4 * PER_FOUR >= t->keys.weights) e.step = 0;
         float *scores = in(area, job[AT_SCORES]) + r * CACHED;
         if (t->whole)
             weigh_four(job, scores, shifts, state, r, 1, e, t);

@@ -18,6 +18,7 @@ from .simd_tiles import prefetch, prefetch_far
 from .words import CACHED, TILE
 
 PIECES_AHEAD, NEAR = 2, 4096  # pieces, of a block and a head, and bytes, from what is read to what is asked for
+PER_FOUR = 4 * CACHED // 16 * 64  # bytes that are asked for with the weights of four rows
 
 # ==== As they are stored ====
 
@@ -56,19 +57,21 @@ def plan_keys(job, kv_heads, all_rows):
     They follow each other in memory. The last number is whether they are all heads' of the next block, or of a piece
     that is read PIECES_AHEAD pieces later; scales and codes. kv_heads: first and end of the unit's
 
-    Of keys that stay codes, a line is asked for with each sixteen weights. Where one unit has all heads, and they share
-    values, values are summed for longer than it takes to read them, and keys are read for longer than it takes to
-    multiply them: half of the keys are then asked for with values, if no step of the sums has to ask for more than
-    64 bytes."""
+    Of keys that stay codes, a line is asked for with each sixteen weights, the others with scores. Where one unit has
+    all heads, and they share values, values are summed for longer than it takes to read them, and keys are read for
+    longer than it takes to multiply them: half of the keys are then asked for with values, or less, 64 bytes with each
+    step."""
     keys, values, heads = job + w.AT_KEYS * 8, job + w.AT_VALUES * 8, kv_heads[1] - kv_heads[0]
     if not word(keys, w.SD_INT8):
         return 0, 0, 0, False
-    piece = CACHED * (word(keys, w.SD_SCALE_BYTES) + word(keys, w.SD_CODE_BYTES))
+    if heads == 1 or heads != word(keys, w.SD_HEADS):
+        piece = CACHED * (word(keys, w.SD_SCALE_BYTES) + word(keys, w.SD_CODE_BYTES))
+        return piece - PER_FOUR, PER_FOUR, 0, False
     whole = word(keys, w.SD_BLOCK_STRIDE)
-    shared = word(values, w.SD_INT8) and word(values, w.SD_SHARED) and heads > 1 and heads == word(keys, w.SD_HEADS)
-    if shared and whole // 2 <= word(values, w.SD_SEEN) * all_rows * 16:
-        return whole // 2 - all_rows * 512, all_rows * 512, whole // 2, True
-    return piece - 2048, 2048, 0, False
+    weights, with_values = min(all_rows // 4, whole // 4 // PER_FOUR) * PER_FOUR, 0
+    if word(values, w.SD_INT8) and word(values, w.SD_SHARED):
+        with_values = min(whole // 2, word(values, w.SD_SEEN) * all_rows * 16)
+    return whole - weights - with_values, weights, with_values, True
 
 
 @njit(forceinline=True)
@@ -95,7 +98,7 @@ def asked_with_scores(job, kv_head, kv_heads, block, all_rows):
 def asked_with_weights(job, kv_heads, block, all_rows):
     """What is asked for with every sixteen weights, 64 bytes: from where on, and with those of how many rows."""
     scores, weights, _, next_block = plan_keys(job, kv_heads, all_rows)
-    return _asked_keys(job, kv_heads, block, next_block) + scores, weights // 512
+    return _asked_keys(job, kv_heads, block, next_block) + scores, weights // PER_FOUR * 4
 
 
 @njit(forceinline=True)
