@@ -31,7 +31,7 @@ from runtime.progress import Bar
 from runtime.ring.cache import KVRing
 from tools.arguments import add_run_arguments, check_context, path_name, positive, ring_codecs
 
-ENOUGH = 1 << 28  # bytes of a ring that no cache of the processor holds
+ENOUGH = 1 << 28  # bytes of all rings together, which no cache of the processor holds
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,12 @@ class Line:
 
 
 class Subject:
-    """Some copies of one layer's ring, full of noise, together larger than caches; and a query.
+    """One or more copies of a layer's ring, full of noise, and a query.
 
-    layers: which layers of the model it stands for, the first for all
+    layers: which layers of the model it stands for, the first for all; nbytes: that the copies may take
     """
 
-    def __init__(self, model: Model, kv: str, layers: Sequence[int], depth: int) -> None:
+    def __init__(self, model: Model, kv: str, layers: Sequence[int], depth: int, nbytes: int) -> None:
         self.layers, self._model, first = tuple(layers), model, layers[0]
         modules = [m for m in model.modules if m.layer == first]
         facts, codec = model.key_facts.get(first), model.new_cache(2, kv=kv).codec
@@ -72,7 +72,7 @@ class Subject:
 
         one = ring(1, 2)
         self.bytes_per_token = one.nbytes // one.slots
-        self.ring = ring(max(1, ENOUGH // (self.bytes_per_token * depth)), depth + 1)
+        self.ring = ring(max(1, nbytes // (self.bytes_per_token * depth)), depth + 1)
         benchmark.fill(self.ring, depth)
         projections = model.layers[first].projections
         self._decoders = projections.decoders if projections else (None, None)
@@ -99,12 +99,9 @@ def forms(model: Model) -> dict[str, list[int]]:
 
 def measure(models: Sequence[Model], args: argparse.Namespace) -> list[Line]:
     """Time all kinds of layers with all codecs by turns."""
-    subjects, names = [], []
-    for model in models:
-        for learned, layers in forms(model).items():
-            for kv in args.kv:
-                subjects.append(Subject(model, kv, layers, args.n_depth))
-                names.append((Path(model.file.path).name, subjects[-1].ring.codec, learned))
+    kinds = [(model, *form, kv) for model in models for form in forms(model).items() for kv in args.kv]
+    share = ENOUGH // len(kinds)
+    subjects = [Subject(model, kv, layers, args.n_depth, share) for model, _, layers, kv in kinds]
     memory = benchmark.Memory(benchmark.thread_count(models[0], args.threads))
     rounds = []
     with Bar("attention", " rounds") as bar:
@@ -117,12 +114,13 @@ def measure(models: Sequence[Model], args: argparse.Namespace) -> list[Line]:
                 rounds.append((bandwidth, times))
             bar(number + 1, args.repetitions + 1)
     lines = []
-    for i, (subject, name) in enumerate(zip(subjects, names, strict=True)):
+    for i, (subject, (model, learned, _, _)) in enumerate(zip(subjects, kinds, strict=True)):
         per_token, own = subject.bytes_per_token, statistics.median(times[i] for _, times in rounds)
         nbytes = per_token * args.n_depth
         reading = statistics.median(times[i] * bandwidth / nbytes for bandwidth, times in rounds)
         first = statistics.median(times[i] / times[0] for _, times in rounds)
-        lines.append(Line(*name, subject.layers, per_token, own * 1e3, nbytes / own / 1e9, reading, first))
+        name, kv = Path(model.file.path).name, subject.ring.codec
+        lines.append(Line(name, kv, learned, subject.layers, per_token, own * 1e3, nbytes / own / 1e9, reading, first))
     return lines
 
 
