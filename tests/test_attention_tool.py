@@ -58,7 +58,7 @@ def test_lines(learned: Path, backend: str, capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (["-d", "99999999"], "the context of"),
+        (["-d", "99999999"], "-d 99999999 and a token"),
         (["--kv", "q5"], "q5"),
         (["-r", "0"], "-r"),
         (["none.trit"], "none.trit"),

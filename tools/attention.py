@@ -24,14 +24,15 @@ import numpy as np
 from formats.container import open_trit
 from formats.kv_modules import describe_form
 from runtime import benchmark
-from runtime.cli import ArgumentParser, run
+from runtime.cli import ArgumentParser, UserError, run
 from runtime.config import ModelConfig
 from runtime.model import Model
 from runtime.progress import Bar
 from runtime.ring.cache import KVRing
-from tools.arguments import add_run_arguments, check_context, path_name, positive, ring_codecs
+from tools.arguments import add_run_arguments, path_name, positive, ring_codecs
 
 ENOUGH = 1 << 28  # bytes of all rings together, which no cache of the processor holds
+MOST = 256  # copies of a ring, where few tokens make it small
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,9 @@ class Subject:
             known = {} if facts is None else dict.fromkeys(range(copies), facts)
             return KVRing(config, tokens, 1, min(4, tokens - 1), codec, mine, known)
 
-        one = ring(1, 2)
+        one = ring(1, depth + 1)
         self.bytes_per_token = one.nbytes // one.slots
-        self.ring = ring(max(1, nbytes // (self.bytes_per_token * depth)), depth + 1)
+        self.ring = ring(min(max(1, nbytes // one.nbytes), MOST), depth + 1)
         benchmark.fill(self.ring, depth)
         projections = model.layers[first].projections
         self._decoders = projections.decoders if projections else (None, None)
@@ -154,7 +155,9 @@ def command(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     for path in args.models:
         with open_trit(path) as file:
-            check_context(args.n_depth + 1, ModelConfig.from_dict(file.config, file.path), path)
+            context = ModelConfig.from_dict(file.config, file.path).max_seq_len
+        if args.n_depth >= context:
+            raise UserError(f"{path}: -d {args.n_depth} and a token need more than the model's context of {context}")
     models: list[Model] = []
     try:
         for path in args.models:
