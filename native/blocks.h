@@ -62,7 +62,7 @@ INLINE errand asked_with_scores(words keys, int64_t kv_head, const task *t) {
 
 // With every sixteen weights of some rows.
 INLINE errand asked_with_weights(words keys, const task *t) {
-    return (errand){asked_keys(keys, t) + t->keys.scores, t->keys.weights ? 64 : 0, 0};
+    return (errand){asked_keys(keys, t) + t->keys.scores, 64, 0};
 }
 
 // With every sum of four rows, four tokens and 32 numbers.

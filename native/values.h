@@ -147,7 +147,7 @@ INLINE void add_codes_of(form f, words job, float *area, const ring_piece *x, in
         }
         for (int64_t g = start; g < stop; g++) {
             int64_t at = (g - start) * n;
-            if (x->ahead) ask_for((const char *)(x->scales + g * per_group) + x->ahead, 2 * per_group);
+            ask_for((const char *)(x->scales + g * per_group) + x->ahead, 2 * per_group);
             round_group(f, job, area, x->scales, g, lifts[g - start], first, n, planes + at * PLANES, worth + at, t);
         }
         for (int64_t d = start * size; d < stop * size; d += 32) {

@@ -14,7 +14,7 @@ from .numba_math import gelu, gelu_tanh, word
 from .numba_ring import codes_at, expand, rotate, scales_at, slot_of
 from .numba_tiles import dots
 from .simd import load_f32, store_f32
-from .simd_tiles import prefetch, prefetch_far
+from .simd_tiles import prefetch_far
 from .words import CACHED, TILE
 
 PIECES_AHEAD, NEAR = 2, 4096  # pieces, of a block and a head, and bytes, from what is read to what is asked for
@@ -41,13 +41,6 @@ def ask_for(address, count):
     and in the order of their addresses, which the hardware goes on with."""
     for i in range(0, count, 64):
         prefetch_far(address, i)
-
-
-@njit(forceinline=True)
-def ask_near(address, count):
-    """Ask for bytes that are read next to come into the nearest cache."""
-    for i in range(0, count, 64):
-        prefetch(address, i)
 
 
 @njit(forceinline=True)

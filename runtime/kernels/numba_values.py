@@ -251,9 +251,7 @@ def _add_codes(job, area, result, codes, scales, ahead, asked, first, n, all_row
             write_f32(lifts, (g - begin) * 8, factor)
             write_f32(lifts, (g - begin) * 8 + 4, unit)
         for g in range(begin, end):
-            group = scales + g * per_group * CACHED * 2
-            if ahead:
-                ask_for(group + ahead, per_group * CACHED * 2)
+            ask_for(scales + g * per_group * CACHED * 2 + ahead, per_group * CACHED * 2)
             at, lift = (g - begin) * n, (read_f32(lifts, (g - begin) * 8), read_f32(lifts, (g - begin) * 8 + 4))
             to, unit = planes + at * PLANES, worth + at * 4
             _round_group(job, area, scales, g, lift, first, n, all_rows, to, unit, sight)
